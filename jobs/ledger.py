@@ -1,0 +1,265 @@
+"""A run folder as a whole: started or continued, looked through, swept, moved aside.
+
+The files are the truth; nothing here is kept anywhere else. Only the holder of the run's lock
+calls `open_or_create` and `Ledger.sweep`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.differences import differences
+from jobs.lock import RunLock
+from jobs.manifest import FORMAT_VERSION, Manifest
+from jobs.parts import PartInfo, check_fingerprint, read_part
+from jobs.state import JobState
+from pipeline.errors import DamagedOutputError, JobDiffersError, OutputError
+from pipeline.folder import RunFolder
+from pipeline.publish import output_errors, sync_folder, write_json
+from pipeline.segments import (
+    SegmentInfo,
+    count_commits,
+    list_segments,
+    read_info,
+    segment_name,
+)
+
+_FOOTER_THREADS = 8
+_FOLDERS = ("segments", "tmp", "logs", "input")
+_BEFORE_MANIFEST = frozenset({*_FOLDERS, "lock", "job.yaml"})
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """A run folder and what it was started with."""
+
+    folder: RunFolder
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> Ledger:
+        """Read an existing run folder.
+
+        Raises:
+            OutputError: it is none, or a newer Shardmill's.
+            DamagedOutputError: its manifest is damaged.
+        """
+        run = RunFolder(folder)
+        if not run.manifest.is_file():
+            raise OutputError(
+                f"'{folder}' is no output folder of Shardmill: it has no "
+                f"'{run.manifest.relative_to(folder)}'; give the folder that a run wrote to"
+            )
+        return cls(run, _read_manifest(run.manifest))
+
+    def scan(self) -> JobState:
+        """Which shards and parts are done; the segments of published parts are not opened.
+
+        Raises:
+            DamagedOutputError: a part or segment is torn, another job's, or missing in a sequence.
+            FileNotFoundError: a driver rolled up a part meanwhile; impossible under the lock.
+        """
+        state = JobState(self.manifest)
+        # Segments before parts: what moves from one to the other meanwhile is seen at least once.
+        segments = list_segments(self.folder)
+        with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+            parts = [part for part in range(self.manifest.num_parts) if self._has_part(part)]
+            for part in pool.map(self._read_part, parts):
+                state.add_part(part)
+            names = [
+                segment_name(shard, commit)
+                for shard, commits in segments.items()
+                if not state.has_part(self._part_of(shard))
+                for commit in self._without_gaps(shard, commits)
+            ]
+            state.add(pool.map(self._read_segment, names))
+        return state
+
+    def sweep(self) -> None:
+        """Remove what dead processes left in `tmp`, and the segments of published parts.
+
+        Raises:
+            OutputError: the operating system refuses.
+        """
+        with output_errors(self.folder.root):
+            for leftover in (*self.folder.tmp.iterdir(), *self.folder.internal.glob("*.tmp")):
+                leftover.unlink()
+            # A part's name may not be durable yet if its writer died right after linking it.
+            sync_folder(self.folder.root)
+            for shard, commits in list_segments(self.folder).items():
+                if shard < self.manifest.num_shards and self._has_part(
+                    self.manifest.part_of(shard)
+                ):
+                    for commit in commits:
+                        (self.folder.segments / segment_name(shard, commit)).unlink()
+
+    def _has_part(self, part: int) -> bool:
+        return (self.folder.root / self.manifest.part_name(part)).exists()
+
+    def _read_part(self, part: int) -> PartInfo:
+        return read_part(self.folder, self.manifest, part)
+
+    def _part_of(self, shard: int) -> int:
+        if shard >= self.manifest.num_shards:
+            raise DamagedOutputError(
+                f"'{self.folder.segments / segment_name(shard, 0)}' is of a shard that this job "
+                "does not have; move it away and run the same command again"
+            )
+        return self.manifest.part_of(shard)
+
+    def _without_gaps(self, shard: int, commits: list[int]) -> range:
+        # A listing made while files come and go may show a later commit and not an earlier one.
+        count = len(commits)
+        if commits[-1] >= count:
+            count = count_commits(self.folder, shard)
+        if commits[-1] < count:
+            return range(count)
+        path = self.folder.segments / segment_name(shard, count)
+        if self._has_part(self._part_of(shard)):
+            raise FileNotFoundError(path)
+        raise DamagedOutputError(
+            f"'{path}' is gone though a later commit of shard {shard} is there; move that away "
+            "and run the same command again"
+        )
+
+    def _read_segment(self, name: str) -> SegmentInfo:
+        info = read_info(self.folder.segments / name)
+        check_fingerprint(self.folder, self.manifest, info)
+        return info
+
+
+def prepare(folder: Path) -> RunFolder:
+    """Make the inner folders of a run folder, in a new or empty folder or one of our own.
+
+    Comes first in a run: the lock and converted inputs need the folders.
+
+    Raises:
+        OutputError: the folder holds something else, is a file, or cannot be written.
+    """
+    run = RunFolder(folder)
+    with output_errors(folder):
+        # A link to a folder that does not exist yet is made good; mkdir would refuse it.
+        target = folder.resolve()
+        if target.exists() and not target.is_dir():
+            raise OutputError(f"output folder '{folder}' is a file; choose another with --output")
+        target.mkdir(parents=True, exist_ok=True)
+        if not run.manifest.exists():
+            _refuse_strangers(run)
+        for name in _FOLDERS:
+            (run.internal / name).mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def _refuse_strangers(run: RunFolder) -> None:
+    found = {path.name for path in run.root.iterdir()} - {run.internal.name}
+    if not found and run.internal.is_dir():
+        # A run that died before its manifest was written leaves these.
+        found = {
+            path.name
+            for path in run.internal.iterdir()
+            if path.name not in _BEFORE_MANIFEST and path.suffix != ".tmp"
+        }
+    if found:
+        shown = ", ".join(f"'{name}'" for name in sorted(found)[:3])
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise OutputError(
+            f"output folder '{run.root}' holds {shown}{more} and no run of Shardmill; choose a new "
+            "or empty folder with --output"
+        )
+
+
+def open_or_create(folder: Path, manifest: Manifest) -> Ledger:
+    """Start a run folder with `manifest`, or continue one that was started with an equal job.
+
+    A continued folder keeps its own plan (shard and part sizes), which commits depend on, and
+    takes the inputs' paths from `manifest`, as they may have been moved.
+
+    Raises:
+        JobDiffersError: the folder was started with another job; lists what differs.
+        OutputError: see `prepare`; or the folder is a newer Shardmill's.
+        DamagedOutputError: its manifest is damaged.
+    """
+    run = prepare(folder)
+    if not run.manifest.exists():
+        write_json(run.manifest, manifest.model_dump(mode="json"))
+        return Ledger(run, manifest)
+    ledger = Ledger(run, _read_manifest(run.manifest))
+    check_same_job(ledger, manifest)
+    return Ledger(run, ledger.manifest.model_copy(update={"files": manifest.files}))
+
+
+def check_same_job(ledger: Ledger, new: Manifest) -> None:
+    """Refuse to continue a folder with a job that would give other answers.
+
+    Raises:
+        JobDiffersError: lists what differs.
+    """
+    old = ledger.manifest
+    if old.fingerprint == new.fingerprint and _layout(old) == _layout(new):
+        return
+    lines = (
+        differences(old.fingerprint_fields, new.fingerprint_fields)
+        or differences(_layout(old), _layout(new))
+        or [f"fingerprint: {old.fingerprint} -> {new.fingerprint}"]
+    )
+    raise JobDiffersError(
+        f"output folder '{ledger.folder.root}' was started with another job; go back to that "
+        "one, or start anew with --fresh or in another folder with --output. What differs "
+        "(then -> now):\n  " + "\n  ".join(lines)
+    )
+
+
+def _layout(manifest: Manifest) -> dict[str, object]:
+    # What the commits' positions mean; files in another order have an equal fingerprint.
+    files = [f"{file.name} ({file.num_rows} rows)" for file in manifest.files]
+    return {"num_samples": manifest.num_samples, "input files, in order": files}
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        text = path.read_text(encoding="utf-8")
+        version = json.loads(text)["format_version"]
+        if version == FORMAT_VERSION:
+            return Manifest.model_validate_json(text)
+    except (ValueError, KeyError, TypeError) as error:  # ValidationError is a ValueError
+        raise DamagedOutputError(
+            f"manifest '{path}' is damaged ({str(error).splitlines()[0]}); put it back from a "
+            "copy, or start anew with --fresh"
+        ) from error
+    raise OutputError(
+        f"output folder '{path.parent.parent}' has layout {version!r} and this Shardmill knows "
+        f"{FORMAT_VERSION}; continue with the version of Shardmill that started it"
+    )
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move a run folder to `<folder>.old-<time>`, for `--fresh`; nothing is ever deleted.
+
+    Returns:
+        Where it is now, or None if there was none.
+
+    Raises:
+        LockedError: a run works in it.
+        OutputError: it is something else's, or cannot be moved.
+    """
+    with output_errors(folder):
+        source = folder.resolve()
+        if not source.exists() or not RunFolder(source).internal.is_dir():
+            return None
+        target = _free_name(source)
+        with RunLock(source):
+            source.rename(target)
+    return target
+
+
+def _free_name(source: Path) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    target, number = source.with_name(f"{source.name}.old-{stamp}"), 1
+    while target.exists():
+        number += 1
+        target = source.with_name(f"{source.name}.old-{stamp}-{number}")
+    return target

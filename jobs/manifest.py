@@ -1,0 +1,109 @@
+"""What a run folder was started with, and the shards and parts that follow from it.
+
+The shard list is arithmetic over the files: memory grows with files, not with rows or shards.
+"""
+
+from __future__ import annotations
+
+import base64
+from bisect import bisect_right
+from functools import cached_property
+from itertools import accumulate
+
+import pyarrow as pa
+from pydantic import Field, JsonValue
+
+from pipeline.records import Shard
+from pipeline.settings import Settings
+
+FORMAT_VERSION = 1
+
+
+class PlannedFile(Settings):
+    """One input file, as it was when the folder was started."""
+
+    name: str = Field(description="How row_id names it; unique.")
+    path: str = Field(description="The Parquet file that workers read.")
+    size: int = Field(ge=0, description="Bytes.")
+    digest: str = Field(description="Of its content.")
+    num_rows: int = Field(ge=0, description="Rows taken from it, from its first on.")
+
+
+class Manifest(Settings):
+    """What is to be done; written once, when the folder is started."""
+
+    format_version: int = Field(default=FORMAT_VERSION, description="Of the folder's layout.")
+    shardmill_version: str = Field(description="That started the folder.")
+    created: str = Field(description="ISO 8601 with offset.")
+    job: dict[str, JsonValue] = Field(description="The job with everything filled in.")
+    fingerprint: str = Field(min_length=1, description="Equal means equal answers.")
+    fingerprint_fields: dict[str, JsonValue] = Field(
+        description="What the fingerprint covers, by dotted name; for the diff."
+    )
+    files: tuple[PlannedFile, ...] = Field(description="In the order of the output.")
+    output_schema: str = Field(description="Arrow schema of the output, base64.")
+    output_prefix: str = Field(description="Before the names of the added columns.")
+    num_samples: int = Field(ge=1, description="Completions per row.")
+    shard_rows: int = Field(ge=1, description="Most input rows of a shard.")
+    shards_per_part: int = Field(ge=1, description="Most shards of a part.")
+
+    @cached_property
+    def arrow_schema(self) -> pa.Schema:
+        """What `output_schema` encodes."""
+        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(self.output_schema)))
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Input rows of the job."""
+        return sum(file.num_rows for file in self.files)
+
+    @property
+    def num_completions(self) -> int:
+        """Output rows of the job."""
+        return self.num_rows * self.num_samples
+
+    @cached_property
+    def _shard_ends(self) -> list[int]:
+        # After each file, how many shards there have been; a file without rows has none.
+        return list(accumulate(-(-file.num_rows // self.shard_rows) for file in self.files))
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the job."""
+        return self._shard_ends[-1] if self.files else 0
+
+    def shard(self, index: int) -> Shard:
+        """The `index`-th shard, from 0."""
+        position = bisect_right(self._shard_ends, index)
+        before = self._shard_ends[position - 1] if position else 0
+        file, first_row = self.files[position], (index - before) * self.shard_rows
+        num_rows = min(self.shard_rows, file.num_rows - first_row)
+        return Shard(index, file.path, file.name, first_row, num_rows)
+
+    def shard_completions(self, index: int) -> int:
+        """Output rows of the `index`-th shard."""
+        return self.shard(index).num_rows * self.num_samples
+
+    @property
+    def num_parts(self) -> int:
+        """Output files of the job."""
+        return -(-self.num_shards // self.shards_per_part)
+
+    def part_shards(self, part: int) -> range:
+        """The shards of the `part`-th output file, from 0."""
+        first = part * self.shards_per_part
+        return range(first, min(first + self.shards_per_part, self.num_shards))
+
+    def part_of(self, shard: int) -> int:
+        """The part that holds a shard."""
+        return shard // self.shards_per_part
+
+    def part_name(self, part: int) -> str:
+        """The file name of a part; names sort like parts."""
+        width = max(5, len(str(self.num_parts - 1)))
+        return f"part-{part:0{width}d}.parquet"
+
+
+def encode_schema(schema: pa.Schema) -> str:
+    """The text that `Manifest.output_schema` holds."""
+    return base64.b64encode(schema.serialize().to_pybytes()).decode()

@@ -1,0 +1,94 @@
+"""Takes note of what workers commit, and rolls parts up beside the run as they become whole."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+from jobs.ledger import Ledger
+from jobs.parts import PartInfo, roll_up
+from pipeline.outcome import ShardOutcome
+from pipeline.records import Shard
+from pipeline.segments import Totals, committed_infos
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """What is done of a job, from its folder at first and from outcomes afterwards.
+
+    Leaving the `with` block waits for the roll-ups that have begun.
+
+    Args:
+        ledger: of a folder whose lock is held.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        ledger.sweep()
+        self._ledger = ledger
+        self._state = ledger.scan()
+        # One thread: roll-ups are bound by the disk, and come in order.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="roll-up")
+        self._roll_ups: dict[int, Future[PartInfo]] = {}
+
+    def __enter__(self) -> Recorder:
+        self._roll_up_ready_parts()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+
+    @property
+    def totals(self) -> Totals:
+        """Over everything committed."""
+        return self._state.totals
+
+    @property
+    def num_shards_left(self) -> int:
+        """Shards that lack rows."""
+        return self._ledger.manifest.num_shards - self._state.num_shards_done
+
+    def shards_left(self) -> Iterator[Shard]:
+        """The shards that lack rows, in order; skips those completed meanwhile."""
+        return (self._ledger.manifest.shard(index) for index in self._state.pending())
+
+    def record(self, outcome: ShardOutcome) -> None:
+        """Takes note of one attempt's commits.
+
+        Raises:
+            ShardmillError: an earlier roll-up has failed.
+        """
+        self._state.add(outcome.commits)
+        if outcome.is_complete and not self._state.is_complete(outcome.shard):
+            # Completed by commits that no answer told of: their worker was lost right after.
+            self._state.add(committed_infos(self._ledger.folder, outcome.shard))
+        self._roll_up_ready_parts()
+
+    def wait(self) -> None:
+        """Waits for the roll-ups; raises what has gone wrong in them."""
+        for part, future in list(self._roll_ups.items()):
+            future.result()
+            self._forget(part)
+
+    def _roll_up_ready_parts(self) -> None:
+        for part in self._state.ready_parts():
+            if part not in self._roll_ups:
+                self._roll_ups[part] = self._pool.submit(
+                    roll_up, self._ledger.folder, self._ledger.manifest, part
+                )
+        for part, future in list(self._roll_ups.items()):
+            if future.done():
+                future.result()
+                self._forget(part)
+
+    def _forget(self, part: int) -> None:
+        self._state.mark_part(part)
+        del self._roll_ups[part]
+        logger.info("%s is complete", self._ledger.manifest.part_name(part))

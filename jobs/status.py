@@ -1,0 +1,71 @@
+"""Where a job stands, from its folder alone, whether it runs or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.ledger import Ledger
+from jobs.lock import Owner, read_owner
+from jobs.state import JobState
+from pipeline.segments import Totals
+
+_ATTEMPTS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where a job stands.
+
+    Attributes:
+        num_completions: output rows there are to be: rows times samples.
+        totals: over what is committed.
+        is_complete: `_SUCCESS` is there.
+        owner: the run that works on it now, or None.
+    """
+
+    created: str
+    job: dict[str, object]
+    num_rows: int
+    num_samples: int
+    num_completions: int
+    totals: Totals
+    num_parts: int
+    num_parts_done: int
+    is_complete: bool
+    owner: Owner | None
+
+
+def read_status(folder: Path) -> Status:
+    """Where the job of a run folder stands; takes no lock and writes nothing.
+
+    Raises:
+        OutputError: it is no run folder.
+        DamagedOutputError: a file of it is torn or foreign.
+    """
+    ledger = Ledger.open(folder)
+    manifest = ledger.manifest
+    state = _scan(ledger)
+    owner = read_owner(folder)
+    return Status(
+        created=manifest.created,
+        job=dict(manifest.job),
+        num_rows=manifest.num_rows,
+        num_samples=manifest.num_samples,
+        num_completions=manifest.num_completions,
+        totals=state.totals,
+        num_parts=manifest.num_parts,
+        num_parts_done=state.num_parts_done,
+        is_complete=ledger.folder.success.exists(),
+        owner=owner if owner is not None and owner.is_alive() else None,
+    )
+
+
+def _scan(ledger: Ledger) -> JobState:
+    # A running driver may roll up, and so remove, segments between our listing and our reading.
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return ledger.scan()
+        except FileNotFoundError:
+            continue
+    return ledger.scan()

@@ -1,0 +1,223 @@
+"""Proof, from the files alone, that every input row is in the output exactly once and in order.
+
+Reads every page of every part, checksums included, a few thousand rows at a time. Knows nothing
+of the runs that made the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.ledger import Ledger
+from jobs.lock import read_owner
+from jobs.manifest import Manifest
+from jobs.parts import check_fingerprint, read_part
+from jobs.rows import count, wrong_row, wrong_status
+from pipeline.errors import DamagedOutputError, LockedError
+from pipeline.segments import (
+    SegmentInfo,
+    Totals,
+    committed_infos,
+    list_segments,
+    missing_positions,
+    open_parquet,
+    parse_segment_name,
+    read_rows,
+    reading,
+    segment_name,
+)
+from pipeline.writer import OUTPUT_FIELDS
+
+_BATCH_ROWS = 2048
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What `verify` found. Damage outweighs missing rows.
+
+    Attributes:
+        num_completions: output rows there are to be.
+        totals: over the rows that were found good.
+        damage: what is torn, altered, foreign or doubled, a sentence for each file.
+        missing: what a run has yet to do, a sentence for each part.
+        notes: what is worth knowing and harms nothing, such as an input that is gone.
+    """
+
+    num_rows: int
+    num_samples: int
+    num_completions: int
+    totals: Totals = field(default_factory=Totals)
+    damage: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def state(self) -> str:
+        """`damaged`, `incomplete` or `complete`."""
+        if self.damage:
+            return "damaged"
+        return "incomplete" if self.missing else "complete"
+
+
+def verify(folder: Path) -> VerifyReport:
+    """Check the run folder; changes nothing.
+
+    Raises:
+        OutputError: it is no run folder.
+        DamagedOutputError: its manifest is damaged, so that nothing can be checked against it.
+        LockedError: a run works in it.
+    """
+    ledger = Ledger.open(folder)
+    owner = read_owner(folder)
+    if owner is not None and owner.is_alive():
+        raise LockedError(
+            f"output folder '{folder}' is in use by another run, {owner}; verify it when that has "
+            "ended, or look at `shardmill status` now"
+        )
+    manifest = ledger.manifest
+    report = VerifyReport(manifest.num_rows, manifest.num_samples, manifest.num_completions)
+    for part in range(manifest.num_parts):
+        _check_part(ledger, part, report)
+    _check_strangers(ledger, report)
+    _check_success(ledger, report)
+    _check_inputs(ledger, report)
+    return report
+
+
+def _check_part(ledger: Ledger, part: int, report: VerifyReport) -> None:
+    if not (ledger.folder.root / ledger.manifest.part_name(part)).exists():
+        _check_segments(ledger, part, report)
+        return
+    try:
+        info = read_part(ledger.folder, ledger.manifest, part)
+        totals = _check_pages(ledger, part)
+    except DamagedOutputError as error:
+        report.damage.append(str(error))
+        return
+    if totals != info.totals:
+        name = ledger.manifest.part_name(part)
+        report.damage.append(f"the counts in the footer of '{name}' are not those of its rows")
+    report.totals += totals
+
+
+def _check_pages(ledger: Ledger, part: int) -> Totals:
+    manifest = ledger.manifest
+    path = ledger.folder.root / manifest.part_name(part)
+    totals = Totals()
+    with open_parquet(path) as file, reading(path):
+        pieces = _cut(_batches(file, manifest), manifest, part)
+        for shard, table in zip(manifest.part_shards(part), pieces, strict=True):
+            problem = wrong_row(table, manifest, manifest.shard(shard)) or wrong_status(
+                table, manifest.output_prefix
+            )
+            if problem:
+                raise DamagedOutputError(f"'{path}', shard {shard}: {problem}")
+            totals += count(table, manifest.output_prefix)
+    return totals
+
+
+def _batches(file: pq.ParquetFile, manifest: Manifest) -> Iterator[pa.Table]:
+    # All columns are decoded, for their checksums; only Shardmill's own are looked at.
+    added = manifest.arrow_schema.names[-len(OUTPUT_FIELDS) :]
+    for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False):
+        yield pa.Table.from_batches([batch]).select(added)
+
+
+def _cut(batches: Iterator[pa.Table], manifest: Manifest, part: int) -> Iterator[pa.Table]:
+    """The rows of each shard of a part in turn."""
+    waiting: list[pa.Table] = []
+    for shard in manifest.part_shards(part):
+        wanted = manifest.shard_completions(shard)
+        while sum(table.num_rows for table in waiting) < wanted:
+            waiting.append(next(batches))
+        table = pa.concat_tables(waiting)
+        yield table.slice(0, wanted)
+        waiting = [table.slice(wanted)]
+
+
+def _check_segments(ledger: Ledger, part: int, report: VerifyReport) -> None:
+    manifest = ledger.manifest
+    num_missing = 0
+    for shard in manifest.part_shards(part):
+        try:
+            infos = committed_infos(ledger.folder, shard)
+            missing = missing_positions(infos, manifest.shard_completions(shard))
+            if infos:
+                report.totals += _check_shard(ledger, shard, infos, missing)
+        except DamagedOutputError as error:
+            report.damage.append(str(error))
+            continue
+        num_missing += len(missing)
+    report.missing.append(
+        f"{manifest.part_name(part)} is not put together yet; {num_missing} of its rows are not "
+        "generated yet"
+    )
+
+
+def _check_shard(
+    ledger: Ledger, shard: int, infos: list[SegmentInfo], missing: list[int]
+) -> Totals:
+    manifest = ledger.manifest
+    for info in infos:
+        check_fingerprint(ledger.folder, manifest, info)
+    table = read_rows(ledger.folder, infos)
+    problem = None if table.schema.equals(manifest.arrow_schema) else "it has other columns"
+    held = sorted(set(range(manifest.shard_completions(shard))) - set(missing))
+    problem = (
+        problem
+        or wrong_row(table, manifest, manifest.shard(shard), held)
+        or wrong_status(table, manifest.output_prefix)
+    )
+    totals = Totals() if problem else count(table, manifest.output_prefix)
+    if problem is None and totals != sum((info.totals for info in infos), Totals()):
+        problem = "the counts in the footer are not those of the rows"
+    if problem:
+        path = ledger.folder.segments / segment_name(shard, 0)
+        raise DamagedOutputError(f"'{path}' or another commit of shard {shard}: {problem}")
+    return totals
+
+
+def _check_strangers(ledger: Ledger, report: VerifyReport) -> None:
+    manifest, root = ledger.manifest, ledger.folder.root
+    expected = {manifest.part_name(part) for part in range(manifest.num_parts)} | {"_SUCCESS"}
+    for top in sorted(root.iterdir()):
+        if top.name in expected or top.name.startswith("."):
+            continue
+        for path in (top, *sorted(top.rglob("*"))):
+            if path.suffix == ".parquet":
+                report.damage.append(f"'{path}' is no part of this job, yet readers take it in")
+            elif path.is_file():
+                report.notes.append(f"'{path}' is not of this job")
+    for path in sorted(ledger.folder.segments.iterdir()):
+        if parse_segment_name(path.name) is None:
+            report.damage.append(f"'{path}' is no segment")
+    for shard, commits in list_segments(ledger.folder).items():
+        if shard >= manifest.num_shards or commits != list(range(len(commits))):
+            report.damage.append(
+                f"'{ledger.folder.segments / segment_name(shard, commits[-1])}' belongs to no "
+                "shard of this job, or an earlier commit of its shard is gone"
+            )
+
+
+def _check_success(ledger: Ledger, report: VerifyReport) -> None:
+    exists = ledger.folder.success.exists()
+    if exists and report.missing:
+        report.damage.append(f"'{ledger.folder.success}' is there although parts are missing")
+    if not exists and not report.missing:
+        report.missing.append("_SUCCESS: all parts are there; run the same command again to finish")
+
+
+def _check_inputs(ledger: Ledger, report: VerifyReport) -> None:
+    for file in ledger.manifest.files:
+        path = Path(file.path)
+        if ledger.folder.input in path.parents:
+            continue  # converted by us; the recorded size is that of the user's file
+        if not path.exists():
+            report.notes.append(f"input '{path}' is gone")
+        elif path.stat().st_size != file.size:
+            report.notes.append(f"input '{path}' has changed since the job was started")

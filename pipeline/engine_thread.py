@@ -1,0 +1,147 @@
+"""An engine in a thread of its own, and where its completions are collected.
+
+An `Engine` belongs to one thread. This is that thread: others hand requests in and wait at a
+`Collector` for what becomes of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+
+from pipeline.engine import Engine
+from pipeline.records import Completion, Request
+
+
+class Collector:
+    """The completions of one shard, as they come in.
+
+    Args:
+        num_expected: completions after which the collection is whole.
+    """
+
+    def __init__(self, num_expected: int) -> None:
+        self._changed = threading.Condition()
+        self._num_missing = num_expected
+        self._completions: list[Completion] = []
+        self._failure: BaseException | None = None
+        self._is_closed = False
+
+    def put(self, completions: Iterable[Completion]) -> None:
+        """Takes completions in; called from any thread."""
+        with self._changed:
+            before = len(self._completions)
+            self._completions.extend(completions)
+            self._num_missing -= len(self._completions) - before
+            self._changed.notify_all()
+
+    def fail(self, failure: BaseException) -> None:
+        """Makes every `wait` raise: the engine has ended and nothing more will come."""
+        with self._changed:
+            self._failure = failure
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Ends every `wait`: nothing more is wanted."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def wait(self, timeout: float) -> bool:
+        """Waits until whole or closed, at most `timeout` seconds; tells whether that is so."""
+        with self._changed:
+            self._changed.wait_for(self._has_ended, timeout)
+            if self._failure is not None:
+                raise self._failure
+            return self._has_ended()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every expected completion has come."""
+        with self._changed:
+            return self._num_missing == 0
+
+    def take(self) -> list[Completion]:
+        """What has come since the last call."""
+        with self._changed:
+            taken, self._completions = self._completions, []
+            return taken
+
+    def _has_ended(self) -> bool:
+        return self._num_missing == 0 or self._is_closed or self._failure is not None
+
+
+class EngineThread:
+    """Runs an engine whenever it has work.
+
+    An exception of the engine is not a row's: it ends the thread and is raised to everyone who
+    waits or submits.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._changed = threading.Condition()
+        self._inbox: list[Sequence[Request]] = []
+        self._collectors: dict[int, Collector] = {}
+        self._failure: BaseException | None = None
+        self._is_stopped = False
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, shard: int, requests: Sequence[Request], collector: Collector) -> None:
+        """Queues the requests of one shard; their completions go to `collector`."""
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+            if self._is_stopped:
+                collector.close()
+            self._collectors[shard] = collector
+            self._inbox.append(requests)
+            self._changed.notify_all()
+
+    def forget(self, shard: int) -> None:
+        """Throws away what may still come for a shard."""
+        with self._changed:
+            self._collectors.pop(shard, None)
+
+    def stop(self) -> None:
+        """Ends the thread after the step it is in, and every wait at once."""
+        with self._changed:
+            self._is_stopped = True
+            for collector in self._collectors.values():
+                collector.close()
+            self._changed.notify_all()
+
+    def _main(self) -> None:
+        try:
+            while self._admit():
+                self._deliver(self.engine.step())
+        except BaseException as failure:  # noqa: BLE001 - raised again by all who wait for it
+            with self._changed:
+                self._failure = failure
+                for collector in self._collectors.values():
+                    collector.fail(failure)
+
+    def _admit(self) -> bool:
+        """Waits until there is work and hands the engine what is new; False when stopped."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_stopped or self._inbox or self._is_busy())
+            if self._is_stopped:
+                return False
+            arrived, self._inbox = self._inbox, []
+        for requests in arrived:
+            self.engine.add(requests)
+        return True
+
+    def _is_busy(self) -> bool:
+        return self.engine.num_waiting + self.engine.num_running > 0
+
+    def _deliver(self, completions: Sequence[Completion]) -> None:
+        by_shard: dict[int, list[Completion]] = {}
+        for completion in completions:
+            by_shard.setdefault(completion.id.shard, []).append(completion)
+        with self._changed:
+            collectors = dict(self._collectors)
+        for shard, finished in by_shard.items():
+            if shard in collectors:
+                collectors[shard].put(finished)

@@ -1,0 +1,264 @@
+"""A `Checkpoint` -> a loaded `Model`: weights on the device, quantized if asked, and a tokenizer.
+
+What a model's files say about generation is read here once and then taken off the model, so that
+nothing of it can leak into an engine's calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import ModelError, ResourceError
+from pipeline.quantization import quantization_config, quiet_bitsandbytes
+from pipeline.settings import ModelSettings
+from pipeline.special_tokens import eos_ids_of, pad_id_of, vocabulary_of
+from pipeline.stopping import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+NEUTRAL_VALUES: tuple[object, ...] = (None, False, 0, 1, [])
+UNSUPPORTED_GENERATION = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "guidance_scale",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "sequence_bias",
+    "stop_strings",
+    "suppress_tokens",
+    "top_h",
+    "typical_p",
+)
+"""What `generation_config.json` may ask for and no engine does."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready to generate.
+
+    Attributes:
+        device: where `input_ids` go.
+        vocabulary: for stopping; its `eos_ids` come from the generation config and the tokenizer.
+        num_embeddings: prompt token ids are below this.
+        context_length: tokens of prompt and completion together; None if there is no limit.
+        num_weight_bytes: memory of weights and buffers.
+        notes: what a user should know about how it was loaded, a sentence each.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    vocabulary: Vocabulary
+    pad_id: int
+    num_embeddings: int
+    context_length: int | None
+    num_parameters: int
+    num_weight_bytes: int
+    dtype: torch.dtype
+    quantization: str
+    load_seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end a completion."""
+        return self.vocabulary.eos_ids
+
+    @property
+    def summary(self) -> str:
+        """One line for the log."""
+        kind = str(self.dtype).removeprefix("torch.")
+        if self.quantization != "none":
+            kind = f"{self.quantization} ({kind})"
+        return (
+            f"{type(self.model).__name__}, {self.num_parameters / 1e6:,.1f}M parameters, {kind}, "
+            f"{self.num_weight_bytes / 2**20:,.0f} MiB on {self.device}, "
+            f"loaded in {self.load_seconds:.1f} s"
+        )
+
+
+def load_model(
+    checkpoint: Checkpoint, settings: ModelSettings, num_threads: int | None = None
+) -> Model:
+    """Loads a checkpoint onto the GPUs this process sees, or the CPU if it sees none.
+
+    Args:
+        checkpoint: from `fetch`.
+        settings: those the checkpoint was fetched with.
+        num_threads: of torch on the CPU; None leaves torch's choice.
+
+    Raises:
+        ModelError: the files do not make a causal language model as the settings ask.
+        ResourceError: it does not fit into the memory of the device.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    quiet_bitsandbytes()
+    started = time.perf_counter()
+    with _loading(checkpoint):
+        config = AutoConfig.from_pretrained(checkpoint.folder, **_source_options(settings))
+        _check_causal(checkpoint, config)
+        model = _load_weights(checkpoint, settings, config)
+    tokenizer = load_tokenizer(checkpoint, settings)
+    return _assemble(checkpoint, settings, model, tokenizer, time.perf_counter() - started)
+
+
+def load_tokenizer(checkpoint: Checkpoint, settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, padding on the left.
+
+    Raises:
+        ModelError: its files cannot be used.
+    """
+    with _loading(checkpoint):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            checkpoint.folder, padding_side="left", **_source_options(settings)
+        )
+    return tokenizer
+
+
+@contextmanager
+def _loading(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turns what the libraries raise over a model's files into a sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(_too_big(checkpoint)) from error
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model {checkpoint.source!r} cannot be loaded: {error}") from error
+
+
+def _source_options(settings: ModelSettings) -> dict[str, Any]:
+    # An explicit False, as None would ask at the terminal; and code that a config names in
+    # another repository is not fetched.
+    return {"trust_remote_code": settings.trust_remote_code, "local_files_only": True}
+
+
+def _check_causal(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
+    architectures = list(getattr(config, "architectures", None) or [])
+    is_masked = any(name.endswith("ForMaskedLM") for name in architectures)
+    if getattr(config, "is_encoder_decoder", False) or is_masked:
+        kind = "encoder-decoder" if not is_masked else "masked language"
+        name = ", ".join(architectures) or config.model_type
+        raise ModelError(
+            f"model {checkpoint.source!r} is an {kind} model ({name}); a causal language model is "
+            "needed, such as one of class …ForCausalLM."
+        )
+
+
+def _load_weights(
+    checkpoint: Checkpoint, settings: ModelSettings, config: PretrainedConfig
+) -> PreTrainedModel:
+    has_several = torch.cuda.is_available() and torch.cuda.device_count() > 1
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder,
+        config=config,
+        dtype=settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype),
+        use_safetensors=None if settings.allow_pickle else True,
+        quantization_config=quantization_config(settings, config),
+        device_map="auto" if has_several else {"": _first_device()},
+        output_loading_info=True,
+        **_source_options(settings),
+    )
+    model, info = loaded
+    _check_complete(checkpoint, model, info["missing_keys"])
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+def _check_complete(checkpoint: Checkpoint, model: Any, missing_keys: Sequence[str]) -> None:
+    if missing_keys:
+        raise ModelError(
+            f"model {checkpoint.source!r} lacks {len(missing_keys)} weights that "
+            f"{type(model).__name__} needs ({min(missing_keys)} is one): it is incomplete or no "
+            "causal language model."
+        )
+    if not model.can_generate():
+        raise ModelError(
+            f"model {checkpoint.source!r} is a {type(model).__name__}, which cannot generate."
+        )
+    if {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())) and (
+        torch.cuda.is_available()
+    ):
+        raise ResourceError(_too_big(checkpoint))
+
+
+def _first_device() -> torch.device:
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def _assemble(
+    checkpoint: Checkpoint,
+    settings: ModelSettings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    load_seconds: float,
+) -> Model:
+    embeddings: Any = model.get_input_embeddings()
+    num_embeddings = int(embeddings.weight.shape[0])
+    eos_ids = eos_ids_of(model.generation_config, tokenizer)
+    pad_id, notes = pad_id_of(checkpoint.source, tokenizer, eos_ids, num_embeddings)
+    notes += _unsupported(checkpoint)
+    for note in notes:
+        logger.info(note)
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    text_config = model.config.get_text_config()
+    vocabulary_size = max(num_embeddings, len(tokenizer), getattr(text_config, "vocab_size", 0))
+    return Model(
+        model=model,
+        tokenizer=tokenizer,
+        device=model.device,
+        vocabulary=vocabulary_of(tokenizer, vocabulary_size, eos_ids),
+        pad_id=pad_id,
+        num_embeddings=num_embeddings,
+        context_length=checkpoint.context_length
+        or getattr(text_config, "max_position_embeddings", None),
+        num_parameters=model.num_parameters(),
+        num_weight_bytes=model.get_memory_footprint(),  # type: ignore[no-untyped-call]
+        dtype=model.dtype,
+        quantization=settings.quantization,
+        load_seconds=load_seconds,
+        notes=tuple(notes),
+    )
+
+
+def _unsupported(checkpoint: Checkpoint) -> list[str]:
+    defaults = checkpoint.generation_defaults
+    asked = [name for name in UNSUPPORTED_GENERATION if defaults.get(name) not in NEUTRAL_VALUES]
+    if not asked:
+        return []
+    return [f"The model's generation_config.json asks for {', '.join(asked)}: not applied."]
+
+
+def _too_big(checkpoint: Checkpoint) -> str:
+    return (
+        f"model {checkpoint.source!r} does not fit into the memory of "
+        f"{torch.cuda.device_count()} GPU(s): raise workers.gpus_per_worker, or set "
+        "model.quantization."
+    )

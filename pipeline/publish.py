@@ -1,0 +1,149 @@
+"""Files that appear whole, once, and survive a power cut. Standard library only.
+
+Knows nothing of Parquet, shards or jobs. A file is written under a temporary name and gets its
+final name only when all of it is on the disk; a final name that exists is never written again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from pipeline.errors import OutputError, SupersededError
+
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+_NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+_AT_FDCWD = -100  # linux/fcntl.h
+_RENAME_NOREPLACE = 1  # linux/fs.h
+
+
+@contextmanager
+def output_errors(folder: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write in `folder` into an `OutputError`."""
+    try:
+        yield
+    except OSError as error:
+        cause = os.strerror(error.errno) if error.errno else str(error)
+        raise OutputError(
+            f"output folder '{folder}' cannot be written: {cause}; {_advice(error.errno)}, "
+            "then run the same command again"
+        ) from error
+
+
+def _advice(number: int | None) -> str:
+    if number in _FULL:
+        return "free space or raise the quota"
+    if number in _FORBIDDEN:
+        return "make the folder writable or choose another one with --output"
+    return "check the folder and its file system"
+
+
+@contextmanager
+def temporary_file(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
+    """A path in `folder` that no other attempt uses; a file left there at the end is removed."""
+    path = folder / f"{stem}.{uuid4().hex}{suffix}"
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a finished file its final name, durably and without overwriting.
+
+    After a death at any point the final name is absent or holds the whole file.
+
+    Args:
+        temporary: a closed file on the file system of `final`; it is gone afterwards.
+        final: the name that is the commit.
+
+    Raises:
+        SupersededError: the final name is taken.
+        OutputError: the operating system refuses.
+    """
+    with output_errors(final.parent):
+        _sync_file(temporary)
+        _link(temporary, final)
+        temporary.unlink(missing_ok=True)
+        sync_folder(final.parent)
+
+
+def _link(temporary: Path, final: Path) -> None:
+    try:
+        os.link(temporary, final)
+    except FileExistsError as error:
+        if not _is_linked(temporary, final):
+            raise SupersededError(f"'{final}' exists") from error
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        _rename_without_overwriting(temporary, final)
+
+
+def _is_linked(temporary: Path, final: Path) -> bool:
+    # A network file system that repeats a request may refuse a link that it has made; and the
+    # winner's file may be in a part, and gone, by the time we look.
+    with suppress(FileNotFoundError):
+        return os.path.samefile(temporary, final)
+    return False
+
+
+def _rename_without_overwriting(temporary: Path, final: Path) -> None:
+    # FAT, SMB and some FUSE file systems know no hard links. A lock or marker file in their place
+    # would not stop a process that sleeps between looking and renaming, so where the kernel
+    # cannot do it in one step the folder is refused.
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    old, new = os.fsencode(temporary), os.fsencode(final)
+    if rename is not None and rename(_AT_FDCWD, old, _AT_FDCWD, new, _RENAME_NOREPLACE) == 0:
+        return
+    number = errno.ENOSYS if rename is None else ctypes.get_errno()
+    if number == errno.EEXIST:
+        raise SupersededError(f"'{final}' exists")
+    if number in (errno.EINVAL, errno.ENOSYS):
+        raise OutputError(
+            f"output folder '{final.parent}' is on a file system that can neither hard-link nor "
+            "rename without overwriting, so commits would not be safe there; choose a folder on "
+            "another file system with --output"
+        )
+    raise OSError(number, os.strerror(number), str(final))
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable, where its file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file that must not exist yet; readers see all of it or nothing.
+
+    Raises:
+        SupersededError: the file exists.
+        OutputError: the operating system refuses.
+    """
+    with output_errors(path.parent), temporary_file(path.parent, path.name, ".tmp") as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        publish(temporary, path)

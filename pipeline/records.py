@@ -1,0 +1,105 @@
+"""The plain values that travel from stage to stage. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+
+class FinishReason(str, Enum):
+    """Why a completion ended."""
+
+    STOP = "stop"  # end-of-sequence token or stop string
+    LENGTH = "length"  # max_new_tokens reached
+    ERROR = "error"  # the row could not be done
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A run of rows of one input file: handed out, retried and committed as one.
+
+    Attributes:
+        index: position in the job's plan; shards in this order give the input's order.
+        path: the Parquet file to read.
+        name: how `row_id` names the file.
+        first_row: the shard's first row in that file, from 0.
+        num_rows: at least 1.
+    """
+
+    index: int
+    path: str
+    name: str
+    first_row: int
+    num_rows: int
+
+    def row_id(self, row: int) -> str:
+        """The stable name of the shard's `row`-th row, counted from 0 within the shard."""
+        return f"{self.name}#{self.first_row + row}"
+
+
+class RequestId(NamedTuple):
+    """Which completion of a job this is."""
+
+    shard: int
+    row: int  # within the shard
+    sample: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one request is generated, with nothing left open.
+
+    Attributes:
+        max_new_tokens: at least 1; the end-of-sequence token counts.
+        stop: strings that end the completion; they are not part of it.
+        temperature: 0 is greedy, and then top_k, top_p and min_p mean nothing.
+        top_k: 0 is off.
+        top_p: 1 is off.
+        min_p: 0 is off.
+        repetition_penalty: 1 is off.
+    """
+
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to be generated.
+
+    Attributes:
+        prompt_ids: token ids, at least one, special tokens included.
+        random_key: 64 bits drawn from seed, row id and sample: the only source of chance, so
+            that a sample does not depend on batch, worker or attempt.
+    """
+
+    id: RequestId
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    random_key: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What became of a request.
+
+    Attributes:
+        text: without the stop string and without special tokens; None on an error.
+        stop_reason: the stop string that ended it; None for end-of-sequence, length and error.
+        num_completion_tokens: tokens generated, the ending one included.
+        error: `kind: message`, or None.
+    """
+
+    id: RequestId
+    text: str | None
+    finish_reason: FinishReason
+    stop_reason: str | None = None
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+    error: str | None = None

@@ -1,0 +1,181 @@
+"""The blocks of a job file that the pipeline reads.
+
+They stand apart from the modules they configure, because a job file is checked, and its JSON
+Schema printed, without importing torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import JobFileError, ModelError
+from pipeline.records import Sampling
+
+Value = TypeVar("Value", int, float)
+
+
+class Settings(BaseModel):
+    """A block of the job file: frozen, and nothing in it is unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class PromptSettings(Settings):
+    """How a row becomes a prompt."""
+
+    template: str | None = Field(
+        default=None,
+        description="Sandboxed Jinja over the row's columns, such as 'Q: {{ question }}\\nA:'.",
+    )
+    messages: str | None = Field(
+        default=None,
+        description="Name of a column of chat messages (a list of role and content), "
+        "rendered through the model's chat template.",
+    )
+    chat_template: bool = Field(
+        default=False,
+        description="Send the rendered template as the user's turn through the model's chat "
+        "template.",
+    )
+    system: str | None = Field(
+        default=None, description="System prompt put before the chat; needs a chat template."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PromptSettings:
+        if (self.template is None) == (self.messages is None):
+            raise ValueError("needs exactly one of 'template' and 'messages'")
+        if self.system is not None and not self.uses_chat_template:
+            raise ValueError("'system' needs 'chat_template: true' or 'messages'")
+        return self
+
+    @property
+    def uses_chat_template(self) -> bool:
+        """Whether the model's chat template is applied."""
+        return self.chat_template or self.messages is not None
+
+
+FILTER_FIELDS = ("top_k", "top_p", "min_p")
+SAMPLING_FIELDS = ("temperature", *FILTER_FIELDS, "repetition_penalty")
+
+Quantization = Literal["none", "int8", "nf4", "fp4"]
+
+
+class ModelSettings(Settings):
+    """Which model, and how it is loaded."""
+
+    path: str = Field(description="Hugging Face hub id, or a folder.")
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of a hub model; recorded as a commit."
+    )
+    quantization: Quantization = Field(
+        default="none", description="bitsandbytes quantization while loading."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type of the weights; auto is what the checkpoint holds."
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run Python code that comes with the model; a hub model then needs "
+        "'revision' to be a full commit.",
+    )
+    allow_pickle: bool = Field(
+        default=False, description="Load weights that are not safetensors (pickle can run code)."
+    )
+
+
+class GenerationSettings(Settings):
+    """How completions are generated; what is left out comes from the model's generation_config."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(
+        default=256, description="Most tokens of a completion."
+    )
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), strict=False, description="Strings that end a completion and are cut off."
+    )
+    temperature: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="0 is greedy."
+    )
+    top_k: Annotated[int, Field(ge=0)] | None = Field(default=None, description="0 is off.")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="1 is off.")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(default=None, description="0 is off.")
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="1 is off."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="With temperature > 0, the same seed gives the same samples."
+    )
+    num_samples: Annotated[int, Field(ge=1)] = Field(default=1, description="Completions per row.")
+
+    def resolve(self, defaults: Mapping[str, object]) -> Sampling:
+        """Fills in what the job leaves out, as transformers' `generate` would.
+
+        A model's own temperature, top_k, top_p and min_p count only if it asks for sampling; its
+        repetition penalty always. Where there is sampling and neither says otherwise, top_k is
+        50, transformers' default.
+
+        Args:
+            defaults: what the model's `generation_config.json` says.
+
+        Raises:
+            JobFileError: top_k, top_p or min_p are set, and nothing asks for sampling.
+            ModelError: a value of `defaults` is out of its range.
+        """
+        model = self._checked(defaults)
+        penalty = _first(self.repetition_penalty, model.repetition_penalty, 1.0)
+        if not defaults.get("do_sample"):
+            model = GenerationSettings(temperature=0.0)
+        temperature = _first(self.temperature, model.temperature, 1.0)
+        if temperature == 0:
+            self._refuse_idle_filters()
+            return Sampling(self.max_new_tokens, self.stop, repetition_penalty=penalty)
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            stop=self.stop,
+            temperature=temperature,
+            top_k=_first(self.top_k, model.top_k, 50),
+            top_p=_first(self.top_p, model.top_p, 1.0),
+            min_p=_first(self.min_p, model.min_p, 0.0),
+            repetition_penalty=penalty,
+        )
+
+    @staticmethod
+    def _checked(defaults: Mapping[str, object]) -> GenerationSettings:
+        values = {name: defaults.get(name) for name in SAMPLING_FIELDS}
+        try:
+            return GenerationSettings.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ModelError(
+                f"The model's generation_config.json has {first['loc'][0]}: {first['input']!r} "
+                f"({first['msg']}): correct it there."
+            ) from error
+
+    def _refuse_idle_filters(self) -> None:
+        idle = [name for name in FILTER_FIELDS if getattr(self, name) is not None]
+        if idle and self.temperature is None:
+            raise JobFileError(
+                f"generation.{idle[0]} is set, but this model is greedy by default: set "
+                f"generation.temperature above 0 to sample, or leave {idle[0]} out."
+            )
+
+
+class EngineSettings(Settings):
+    """How the model is driven; changes the speed and not the answers."""
+
+    kind: Literal["auto", "static"] = Field(
+        default="auto", description="static: left-padded generate on batches sorted by length."
+    )
+    batch_size: Annotated[int, Field(ge=1)] = Field(
+        default=32, description="Rows generated at a time by one worker."
+    )
+
+
+def _first(job: Value | None, model: Value | None, default: Value) -> Value:
+    """The first of the three that is set."""
+    if job is not None:
+        return job
+    return default if model is None else model

@@ -1,0 +1,132 @@
+"""Shards in, committed segments out: the loop of one worker.
+
+`ShardRunner.run` may be called for several shards at a time, each from its own thread. All of
+them feed one engine, which has a thread to itself, so that the next shard's rows take the
+places of the last rows of the one before. It does not know who calls it, nor where.
+
+    read -> render -> [engine thread: add, step] -> collect -> commit
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+from pipeline.engine import Engine
+from pipeline.engine_thread import Collector, EngineThread
+from pipeline.errors import RowError, SupersededError
+from pipeline.outcome import Progress, ShardOutcome
+from pipeline.prompts import PromptRenderer
+from pipeline.reader import ShardReader, plain_rows
+from pipeline.records import Completion, FinishReason, Request, RequestId, Sampling, Shard
+from pipeline.sampling import random_key
+from pipeline.segments import SegmentInfo, committed_infos, missing_positions
+from pipeline.writer import SegmentWriter
+
+logger = logging.getLogger(__name__)
+
+COMMIT_INTERVAL = 60.0
+"""Seconds after which the finished rows of an unfinished shard are committed, so that a killed
+worker loses about a minute however slow the model is."""
+
+
+class ShardRunner:
+    """Runs shards on one engine.
+
+    Args:
+        passed_columns: input columns that go to the output as they came.
+        num_samples: completions per row.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        reader: ShardReader,
+        renderer: PromptRenderer,
+        writer: SegmentWriter,
+        sampling: Sampling,
+        seed: int,
+        num_samples: int,
+        passed_columns: Sequence[str],
+    ) -> None:
+        self._engine = EngineThread(engine)
+        self._reader = reader
+        self._reader_lock = threading.Lock()
+        self._renderer = renderer
+        self._writer = writer
+        self._sampling = sampling
+        self._seed = seed
+        self._num_samples = num_samples
+        self._passed_columns = list(passed_columns)
+        self._num_commits = 0
+
+    def run(self, shard: Shard) -> ShardOutcome:
+        """Generates and commits what the shard still lacks.
+
+        Blocks until the shard is complete, or `drain` is called, or another attempt turns out to
+        have committed.
+        """
+        earlier = committed_infos(self._writer.folder, shard.index)
+        missing = missing_positions(earlier, shard.num_rows * self._num_samples)
+        if not missing:
+            return ShardOutcome(shard.index, (), is_complete=True)
+        with self._reader_lock:
+            table = self._reader.read(shard)
+        collector = Collector(len(missing))
+        requests, failed = self._render(shard, table, missing)
+        collector.put(failed)
+        self._engine.submit(shard.index, requests, collector)
+        commits: list[SegmentInfo] = []
+        passed = table.select(self._passed_columns)
+        try:
+            for finished in self._finished(collector):
+                commit = len(earlier) + len(commits)
+                commits.append(self._writer.write(shard, passed, finished, commit))
+                self._num_commits += 1
+        except SupersededError:
+            logger.info("shard %d: another attempt has committed; this one is dropped", shard.index)
+            return ShardOutcome(shard.index, tuple(commits), is_complete=False)
+        finally:
+            self._engine.forget(shard.index)
+        return ShardOutcome(shard.index, tuple(commits), collector.is_whole)
+
+    def drain(self) -> None:
+        """Starts nothing more; every `run` commits what is finished and returns."""
+        self._engine.stop()
+
+    def progress(self) -> Progress:
+        """The counts so far; callable from any thread, also during a step."""
+        engine = self._engine.engine
+        return Progress(engine.num_prompt_tokens, engine.num_generated_tokens, self._num_commits)
+
+    def _finished(self, collector: Collector) -> Iterator[list[Completion]]:
+        """What there is to commit: every `COMMIT_INTERVAL`, and at the end."""
+        has_ended = False
+        while not has_ended:
+            has_ended = collector.wait(COMMIT_INTERVAL)
+            finished = collector.take()
+            if finished:
+                yield finished
+
+    def _render(
+        self, shard: Shard, table: pa.Table, missing: Sequence[int]
+    ) -> tuple[list[Request], list[Completion]]:
+        """Requests for the missing positions, and completions for those that cannot be asked."""
+        rows = sorted({position // self._num_samples for position in missing})
+        values = plain_rows(table.take(rows), self._renderer.columns)
+        prompts = dict(zip(rows, self._renderer.encode(values), strict=True))
+        requests: list[Request] = []
+        failed: list[Completion] = []
+        for position in missing:
+            row, sample = divmod(position, self._num_samples)
+            identity, prompt = RequestId(shard.index, row, sample), prompts[row]
+            if isinstance(prompt, RowError):
+                failed.append(Completion(identity, None, FinishReason.ERROR, error=str(prompt)))
+                continue
+            key = random_key(self._seed, shard.row_id(row), sample)
+            requests.append(Request(identity, tuple(prompt), self._sampling, key))
+        return requests, failed

@@ -1,0 +1,265 @@
+"""`model.generate` on left-padded batches of similar length: the reference for other engines.
+
+A batch runs until its slowest row has ended, so the waiting requests are sorted by length first.
+What is waiting when a sorted run is used up makes the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from pipeline.admission import failed, refusal
+from pipeline.model import Model
+from pipeline.records import Completion, Request
+from pipeline.sampling import Sampler
+from pipeline.stopping import Generated, StopStrings, TokenListener, nobody_listens
+
+logger = logging.getLogger(__name__)
+
+
+class StaticEngine:
+    """An `Engine` whose step is one batch from its first token to its last.
+
+    Args:
+        model: the loaded model.
+        batch_size: most rows of a batch.
+        on_token: told of each row after each of its tokens.
+
+    Attributes:
+        max_tokens: most tokens of a batch, padding and `max_new_tokens` included; None until
+            memory has run out. A limit of tokens and not of rows, so that a few long rows do not
+            make the batches of short ones small.
+    """
+
+    def __init__(
+        self, model: Model, batch_size: int, on_token: TokenListener = nobody_listens
+    ) -> None:
+        self.on_token = on_token
+        self.num_running = 0
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
+        self.max_tokens: int | None = None
+        self._batch_size = batch_size
+        self._model = model
+        self._vocabulary = model.vocabulary
+        self._arrived: list[Request] = []
+        self._run: deque[Request] = deque()
+        self._refused: list[Completion] = []
+        self._stops: dict[tuple[str, ...], StopStrings] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests not started, and error completions not yet returned."""
+        return len(self._arrived) + len(self._run) + len(self._refused)
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Queues requests; those that cannot be done come back from the next step."""
+        for request in requests:
+            error = refusal(request, self._model.context_length, self._model.num_embeddings)
+            if error is None:
+                self._arrived.append(request)
+            else:
+                self._refused.append(failed(request, error))
+
+    def drop_waiting(self) -> None:
+        """Forgets requests that have not been started."""
+        self._arrived.clear()
+        self._run.clear()
+
+    def step(self) -> list[Completion]:
+        """Generates one batch, or finds that it must be a smaller one and returns nothing."""
+        refused, self._refused = self._refused, []
+        if not self._run:
+            # Longest first: a batch that is too big shows at once.
+            self._run.extend(sorted(self._arrived, key=_order))
+            self._arrived.clear()
+        batch = self._next_batch()
+        if not batch:
+            return refused
+        self.num_running = len(batch)
+        try:
+            return refused + self._generate(batch)
+        finally:
+            self.num_running = 0
+
+    def _next_batch(self) -> list[Request]:
+        """The next rows of one `max_new_tokens`.
+
+        A row that had to go on beyond its own might leave the model's table of positions.
+        """
+        batch: list[Request] = []
+        max_rows = self._batch_size
+        if self._run and self.max_tokens is not None:
+            max_rows = min(max_rows, max(1, self.max_tokens // _num_tokens(self._run[0])))
+        while self._run and len(batch) < max_rows:
+            if batch and self._run[0].sampling.max_new_tokens != batch[0].sampling.max_new_tokens:
+                break
+            batch.append(self._run.popleft())
+        return batch
+
+    def _generate(self, batch: list[Request]) -> list[Completion]:
+        try:
+            return self._attempt(batch)
+        except (RuntimeError, MemoryError) as error:
+            is_out_of_memory = _is_out_of_memory(error)
+            # After any other failure of the device itself, nothing works in this process.
+            if isinstance(error, torch.AcceleratorError) and not is_out_of_memory:
+                raise
+            message = str(error)
+        # Only here, where the exception and the tensors its frames hold are gone.
+        if is_out_of_memory:
+            return self._shrink(batch)
+        if len(batch) == 1:
+            return [failed(batch[0], f"generate: {message}")]
+        logger.warning("a batch of %d failed (%s); its rows run alone", len(batch), message)
+        return [completion for request in batch for completion in self._generate([request])]
+
+    def _shrink(self, batch: list[Request]) -> list[Completion]:
+        """Puts a batch back that was too big, to be halved; gives up on a single row."""
+        torch.cuda.empty_cache()
+        length = _num_tokens(batch[0])
+        if len(batch) == 1:
+            return [failed(batch[0], f"out_of_memory: {length} tokens do not fit, even alone")]
+        self.max_tokens = len(batch) // 2 * length
+        self._run.extendleft(reversed(batch))
+        logger.warning(
+            "out of memory with %d rows of %d tokens: from now on at most %d tokens in a batch",
+            len(batch),
+            length,
+            self.max_tokens,
+        )
+        return []
+
+    def _attempt(self, batch: list[Request]) -> list[Completion]:
+        rows = [Generated(request, self._stops_of(request), self._vocabulary) for request in batch]
+        input_ids, attention_mask = self._pad(batch)
+        picker = _Picker(Sampler(batch, input_ids.device), attention_mask)
+        generate: Any = self._model.model.generate
+        generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=self._config(batch[0].sampling.max_new_tokens),
+            logits_processor=LogitsProcessorList([picker]),
+            stopping_criteria=StoppingCriteriaList([_Watcher(self, rows, picker)]),
+        )
+        return [row.completion for row in rows if row.completion is not None]
+
+    def _pad(self, batch: Sequence[Request]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask, both (rows, longest prompt) int64, padded on the left."""
+        width = max(len(request.prompt_ids) for request in batch)
+        ids, mask = [], []
+        for request in batch:
+            num_padding = width - len(request.prompt_ids)
+            ids.append([self._model.pad_id] * num_padding + list(request.prompt_ids))
+            mask.append([0] * num_padding + [1] * len(request.prompt_ids))
+        device = self._model.device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def _config(self, max_new_tokens: int) -> GenerationConfig:
+        """Greedy and without an end-of-sequence token: picker and watcher see to both."""
+        return GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self._model.pad_id
+        )
+
+    def _stops_of(self, request: Request) -> StopStrings:
+        stop = request.sampling.stop
+        if stop not in self._stops:
+            self._stops[stop] = StopStrings(stop, self._vocabulary)
+        return self._stops[stop]
+
+
+class _Picker(LogitsProcessor):
+    """Chooses the tokens: of a sampled row it leaves only the drawn one to `generate`'s argmax.
+
+    Attributes:
+        is_broken: (rows,) bool, whether the row's logits have ever been anything but numbers.
+    """
+
+    def __init__(self, sampler: Sampler, attention_mask: Tensor) -> None:
+        self.is_broken = torch.zeros_like(attention_mask[:, 0], dtype=torch.bool)
+        self._sampler = sampler
+        self._attention_mask = attention_mask
+        self._seen: Tensor | None = None
+        self._num_steps = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.is_broken |= ~scores.amax(dim=-1).isfinite()
+        if self._sampler.has_penalty:
+            self._see(input_ids, scores.shape[-1])
+        scores = self._sampler.process(scores, self._seen)
+        if self._sampler.is_greedy:
+            return scores
+        tokens = self._sampler.pick(scores, self._num_steps)
+        self._num_steps += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+    def _see(self, input_ids: Tensor, num_logits: int) -> None:
+        if self._seen is not None:
+            self._seen.scatter_(1, input_ids[:, -1:], True)
+            return
+        # A column more, for padding and for prompt tokens that cannot be generated.
+        spare = input_ids.masked_fill(self._attention_mask == 0, num_logits).clamp(max=num_logits)
+        seen = torch.zeros(
+            len(input_ids), num_logits + 1, dtype=torch.bool, device=input_ids.device
+        )
+        self._seen = seen.scatter_(1, spare, True)[:, :num_logits]
+
+
+class _Watcher(StoppingCriteria):
+    """Takes each new token to its row, and tells `generate` which rows have ended."""
+
+    def __init__(self, engine: StaticEngine, rows: Sequence[Generated], picker: _Picker) -> None:
+        self._engine = engine
+        self._rows = rows
+        self._picker = picker
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if not self._rows[0].ids and not self._rows[0].completion:
+            prompts = (row.request.prompt_ids for row in self._rows)
+            self._engine.num_prompt_tokens += sum(map(len, prompts))
+        # One transfer for both.
+        last = torch.stack([input_ids[:, -1], self._picker.is_broken.long()]).tolist()
+        for row, token, is_broken in zip(self._rows, *last, strict=True):
+            if row.completion is not None:
+                continue
+            self._engine.num_generated_tokens += 1
+            if is_broken:
+                row.fail("nan: the model's output is not a number")
+            else:
+                row.add(token)
+            self._engine.on_token(row)
+        has_ended = [row.completion is not None for row in self._rows]
+        return torch.tensor(has_ended, device=input_ids.device)
+
+
+def _num_tokens(request: Request) -> int:
+    """The length of a row at its end."""
+    return len(request.prompt_ids) + request.sampling.max_new_tokens
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return -request.sampling.max_new_tokens, -len(request.prompt_ids)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on the device, in one of its libraries or on the host."""
+    text = str(error).lower()
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "out of memory" in text
+        or "alloc_failed" in text
+        or "can't allocate memory" in text
+    )

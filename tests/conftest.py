@@ -1,0 +1,43 @@
+"""Fixtures for every test. What imports torch is imported inside them: few tests need it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pipeline.model import Model
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with 400 tokens, 128 positions and a chat template; not to be changed."""
+    from tests.models import make_llama
+
+    return make_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GPT-2, likewise."""
+    from tests.models import make_gpt2
+
+    return make_gpt2(tmp_path_factory.mktemp("models") / "gpt2")
+
+
+@pytest.fixture(scope="session")
+def llama(llama_folder: Path) -> Model:
+    """`llama_folder`, loaded; not to be changed."""
+    from tests.models import load
+
+    return load(llama_folder)
+
+
+@pytest.fixture(scope="session")
+def gpt2(gpt2_folder: Path) -> Model:
+    """`gpt2_folder`, loaded; not to be changed."""
+    from tests.models import load
+
+    return load(gpt2_folder)
