@@ -54,6 +54,7 @@ class PreparedJob:
         """The job file with every default filled in, the model's own included."""
         values: dict[str, Any] = self.job.model_dump(mode="json")
         values["model"]["revision"] = self.checkpoint.revision
+        values["input"]["revision"] = self.inputs.revision
         values["generation"] |= {
             name: getattr(self.sampling, name)
             for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

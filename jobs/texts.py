@@ -82,7 +82,7 @@ def plan_text(plan: JobPlan) -> str:
     return _lines(
         f"plan of {plan.name}",
         ("rows", f"{rows.num_rows:,} in {files}, {samples} each"),
-        ("shards", f"{shards} of at most {plan.shard_rows} rows, {parts}"),
+        ("cut into", f"{shards} of at most {plan.shard_rows} rows, {parts}"),
         ("prompts", prompts),
         ("too long", f"{rows.num_overlong} of {sampled}"),
         ("failing", f"{rows.num_failed} of {sampled}"),

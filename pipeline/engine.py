@@ -6,14 +6,20 @@ flight can take the place of one that does not.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
+from pipeline.cache_support import unsupported
+from pipeline.continuous_engine import ContinuousEngine
+from pipeline.errors import ModelError
 from pipeline.model import Model
 from pipeline.records import Completion, Request
 from pipeline.settings import EngineSettings
 from pipeline.static_engine import StaticEngine
 from pipeline.stopping import TokenListener, nobody_listens
+
+logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -52,5 +58,18 @@ class Engine(Protocol):
 def build_engine(
     model: Model, settings: EngineSettings, on_token: TokenListener = nobody_listens
 ) -> Engine:
-    """The engine that the settings ask for; it tells `on_token` of every token."""
-    return StaticEngine(model, settings.batch_size, on_token)
+    """The engine that the settings ask for; it tells `on_token` of every token.
+
+    Raises:
+        ModelError: the continuous engine is asked for and cannot take the model.
+    """
+    reason = unsupported(model.model)
+    if settings.kind == "continuous" and reason:
+        raise ModelError(
+            f"engine.kind is continuous, but {reason}: set engine.kind to auto or static"
+        )
+    if settings.kind == "static" or reason:
+        if settings.kind == "auto":
+            logger.info("taking the static engine: %s", reason)
+        return StaticEngine(model, settings.batch_size, on_token)
+    return ContinuousEngine(model, settings.batch_size, settings.cache_bytes, on_token)

@@ -166,11 +166,19 @@ class GenerationSettings(Settings):
 class EngineSettings(Settings):
     """How the model is driven; changes the speed and not the answers."""
 
-    kind: Literal["auto", "static"] = Field(
-        default="auto", description="static: left-padded generate on batches sorted by length."
+    kind: Literal["auto", "continuous", "static"] = Field(
+        default="auto",
+        description="continuous: a row that ends leaves its slot to the next prompt; static: "
+        "left-padded generate on batches sorted by length; auto: continuous, unless the model's "
+        "cache does not allow it.",
     )
     batch_size: Annotated[int, Field(ge=1)] = Field(
-        default=32, description="Rows generated at a time by one worker."
+        default=32, description="Rows generated at a time by one worker: its slots."
+    )
+    cache_bytes: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Memory of one worker for keys and values; left out, what a GPU has left "
+        "beside the weights, or 2 GiB on CPU.",
     )
 
 

@@ -24,6 +24,7 @@ from transformers import (
 from pipeline.admission import failed, refusal
 from pipeline.model import Model
 from pipeline.records import Completion, Request
+from pipeline.room import is_out_of_memory
 from pipeline.sampling import Sampler
 from pipeline.stopping import Generated, StopStrings, TokenListener, nobody_listens
 
@@ -114,13 +115,13 @@ class StaticEngine:
         try:
             return self._attempt(batch)
         except (RuntimeError, MemoryError) as error:
-            is_out_of_memory = _is_out_of_memory(error)
+            no_memory = is_out_of_memory(error)
             # After any other failure of the device itself, nothing works in this process.
-            if isinstance(error, torch.AcceleratorError) and not is_out_of_memory:
+            if isinstance(error, torch.AcceleratorError) and not no_memory:
                 raise
             message = str(error)
         # Only here, where the exception and the tensors its frames hold are gone.
-        if is_out_of_memory:
+        if no_memory:
             return self._shrink(batch)
         if len(batch) == 1:
             return [failed(batch[0], f"generate: {message}")]
@@ -252,14 +253,3 @@ def _num_tokens(request: Request) -> int:
 
 def _order(request: Request) -> tuple[int, int]:
     return -request.sampling.max_new_tokens, -len(request.prompt_ids)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on the device, in one of its libraries or on the host."""
-    text = str(error).lower()
-    return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or "out of memory" in text
-        or "alloc_failed" in text
-        or "can't allocate memory" in text
-    )

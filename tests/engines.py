@@ -47,7 +47,7 @@ def run(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
     """All completions, in the order of the requests, each exactly once."""
     engine.add(requests)
     completions: list[Completion] = []
-    while engine.num_waiting:
+    while engine.num_waiting + engine.num_running:
         completions += engine.step()
     by_id = {completion.id: completion for completion in completions}
     assert len(by_id) == len(completions) == len(requests)

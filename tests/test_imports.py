@@ -17,6 +17,14 @@ TORCH_FILES = {
     "pipeline/special_tokens.py",
     "pipeline/quantization.py",
     "pipeline/static_engine.py",
+    "pipeline/continuous_engine.py",
+    "pipeline/batch.py",
+    "pipeline/cache_support.py",
+    "pipeline/forward.py",
+    "pipeline/prefill.py",
+    "pipeline/room.py",
+    "pipeline/slot_layer.py",
+    "pipeline/slots.py",
     "pipeline/sampling.py",
     "jobs/preview.py",  # asks for the GPU's memory; never imported by a run
 }

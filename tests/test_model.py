@@ -22,6 +22,7 @@ from pipeline.errors import ModelError
 from pipeline.model import Model
 from pipeline.records import Request, RequestId, Sampling
 from pipeline.settings import EngineSettings
+from tests.engines import run
 from tests.models import (
     BOS_ID,
     EOS_ID,
@@ -49,8 +50,7 @@ def answer(model: Model) -> str | None:
     """The greedy completion of one prompt."""
     engine = build_engine(model, EngineSettings())
     prompt = tuple(model.tokenizer.encode("Question: If 12"))
-    engine.add([Request(RequestId(0, 0, 0), prompt, Sampling(8))])
-    (completion,) = engine.step()
+    (completion,) = run(engine, [Request(RequestId(0, 0, 0), prompt, Sampling(8))])
     assert completion.error is None
     return completion.text
 

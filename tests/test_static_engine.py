@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.engine import build_engine
 from pipeline.model import Model
 from pipeline.records import FinishReason, Request, RequestId, Sampling
 from pipeline.sampling import Sampler
-from pipeline.settings import EngineSettings
 from pipeline.special_tokens import vocabulary_of
 from pipeline.static_engine import StaticEngine
 from tests.engines import PROMPTS, check_alone, failing, generate_alone, requests_for, run
@@ -186,7 +184,7 @@ def test_long_rows_first_and_few_columns_wasted(llama: Model) -> None:
 def test_counts(llama: Model) -> None:
     """They move during a step, token by token, and are exact at the end."""
     seen: list[tuple[int, int, int]] = []
-    engine = build_engine(llama, EngineSettings(batch_size=4))
+    engine = StaticEngine(llama, 4)
     forward = llama.model.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:

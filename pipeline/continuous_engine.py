@@ -1,0 +1,261 @@
+"""Continuous left-padded batching: a row that ends leaves its slot to the next prompt.
+
+A step admits waiting rows into free slots (prefill), gives every live row one token (decode), and
+retires the rows that have ended. What does not fit into memory is put back and continued later,
+from the tokens it has.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from pipeline.admission import failed, refusal
+from pipeline.batch import BROKEN, Batch, Picker
+from pipeline.forward import Forward
+from pipeline.intake import Intake
+from pipeline.metrics import EngineMetrics
+from pipeline.model import Model
+from pipeline.prefill import Part, Prefilled, Prefiller
+from pipeline.records import Completion, Request
+from pipeline.room import Room, default_cache_bytes, is_out_of_memory
+from pipeline.stopping import TokenListener, nobody_listens
+from pipeline.waiting import Row, Waiting
+
+logger = logging.getLogger(__name__)
+
+REFILL_SHARE = 8
+"""Free slots are refilled when they are an eighth of all, so that prefill is a batch."""
+LOOKAHEAD = 8
+"""Rows that are sorted by length at a time, per slot."""
+
+
+class ContinuousEngine:
+    """An `Engine` whose step is one token of every live row.
+
+    Args:
+        num_slots: most rows at a time.
+        cache_bytes: memory for keys and values; None takes what a GPU has left, or a default.
+        on_token: told of each row after each of its tokens.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        num_slots: int,
+        cache_bytes: int | None = None,
+        on_token: TokenListener = nobody_listens,
+    ) -> None:
+        self._on_token = on_token
+        self.num_running = 0
+        self.num_prompt_tokens = 0
+        self._metrics = EngineMetrics()
+        self._model = model
+        self._forward = Forward(model)
+        self._prefiller = Prefiller(self._forward)
+        self._batch = Batch(self._forward)
+        self._intake = Intake(model.vocabulary)
+        self._waiting = Waiting(num_lookahead=LOOKAHEAD * num_slots)
+        self._room = Room(num_slots, cache_bytes or default_cache_bytes(model.device))
+        self._admitting: list[Row] = []
+        self._finished: list[Completion] = []
+        self._num_open = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests not started or put back, and error completions not yet returned."""
+        return self._num_open - self.num_running
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens generated so far."""
+        return self._metrics.num_generated_tokens
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Most tokens of all rows together, as memory allows; None before the first step."""
+        return self._room.max_tokens
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """What has been done so far."""
+        return replace(self._metrics, num_window_moves=self._room.num_moves)
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Queues requests; those that cannot be done come back from the next step."""
+        self._num_open += len(requests)
+        for request in requests:
+            error = refusal(request, self._model.context_length, self._model.num_embeddings)
+            if error is not None:
+                self._finished.append(failed(request, error))
+            elif (row := self._intake.row_for(request)) is not None:
+                self._waiting.add(row)
+
+    def drop_waiting(self) -> None:
+        """Forgets requests that have not been started."""
+        for row in self._waiting.clear():
+            self._intake.forget(row)
+            self._num_open -= len(row.requests)
+
+    def step(self) -> list[Completion]:
+        """Admits what can be admitted, and gives each live row a token.
+
+        Out of memory, it puts the rows back instead, and the next step has fewer.
+        """
+        try:
+            with torch.no_grad():
+                self._refill()
+                self._decode()
+            message = None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error) or type(error).__name__
+        # Only here, where the exception and the tensors its frames hold are gone.
+        if message is not None:
+            self._make_smaller(message)
+        self.num_running = sum(len(row.requests) for row in self._batch.rows)
+        finished, self._finished = self._finished, []
+        self._num_open -= len(finished)
+        return finished
+
+    def _refill(self) -> None:
+        """Admits waiting rows, if enough slots are free to make it worth while."""
+        num_free = self._num_free()
+        num_live = len(self._batch)
+        if num_live and num_free * REFILL_SHARE < num_live + num_free:
+            return
+        while num_free > 0 and (rows := self._waiting.head(num_free)):
+            self._prefiller.share(self._waiting.prefix)
+            part = self._prefiller.next_part(rows)
+            self._admitting = self._waiting.take(len(part.rows))
+            self._admit(part)
+            self._admitting = []
+            num_free = min(num_free - len(part.rows), self._num_free())
+
+    def _num_free(self) -> int:
+        """Slots that the next waiting rows may take."""
+        head = self._waiting.head(1)
+        if not head:
+            return 0
+        length = max(self._batch.cache.window.length, head[0].length)
+        return max(0, self._room.num_rows(length) - len(self._batch))
+
+    def _admit(self, part: Part) -> None:
+        """Prefills rows and takes them into the batch; one that raises is an error row."""
+        started = time.perf_counter()
+        try:
+            prefilled = self._prefiller.run(part)
+        except (RuntimeError, ValueError, IndexError) as error:
+            # After a failure of the device itself, nothing works in this process.
+            if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+                raise
+            message = str(error)
+        else:
+            self._welcome(part.rows, prefilled)
+            seconds = time.perf_counter() - started
+            self._metrics = self._metrics.after_prefill(len(part.rows), prefilled.counts, seconds)
+            return
+        if len(part.rows) == 1 and part.num_shared == 0:
+            self._fail(part.rows[0], f"generate: {message}")
+            return
+        logger.warning("%d prompts failed together (%s); they run alone", len(part.rows), message)
+        for row in part.rows:
+            self._admit(Part([row], num_shared=0))
+
+    def _welcome(self, rows: Sequence[Row], prefilled: Prefilled) -> None:
+        """Gives prefilled rows their next token, and slots to those that it does not end."""
+        self._room.set_token_bytes(prefilled.cache.num_token_bytes)
+        self.num_prompt_tokens += sum(row.length for row in rows)
+        tokens = Picker(rows, self._model.device).pick(prefilled.logits).tolist()
+        ended = self._accept(rows, tokens)
+        self._take_in(rows, prefilled, [n for n in range(len(rows)) if n not in ended])
+
+    def _take_in(self, rows: Sequence[Row], prefilled: Prefilled, places: list[int]) -> None:
+        """Gives slots to the rows at these places."""
+        length = max(self._batch.cache.window.length, prefilled.cache.window.length)
+        num_free = max(0, self._room.num_rows(length) - len(self._batch))
+        # More rows than slots, if the memory they take was not known before.
+        self._put_back([rows[place] for place in places[num_free:]])
+        places = places[:num_free]
+        if places:
+            self._room.make_for(self._batch.cache, len(self._batch) + len(places), length)
+            sources = [prefilled.sources[place] for place in places]
+            self._batch.append([rows[place] for place in places], prefilled.cache, sources)
+
+    def _decode(self) -> None:
+        """Gives each live row a token and retires those that it ends."""
+        if not self._batch.rows:
+            return
+        started = time.perf_counter()
+        self._make_column()
+        num_slots, num_live = self._batch.cache.num_slots, len(self._batch)
+        ended = self._accept(self._batch.rows, self._batch.decode())
+        if ended:
+            self._batch.remove(ended)
+        seconds = time.perf_counter() - started
+        self._metrics = self._metrics.after_decode(num_slots, num_live, seconds)
+
+    def _accept(self, rows: Sequence[Row], tokens: Iterable[int]) -> set[int]:
+        """Takes each row's token to it; the places of those that have ended."""
+        ended = set()
+        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            if token == BROKEN:
+                self._fail(row, "nan: the model's output is not a number")
+                ended.add(place)
+                continue
+            if row.generated.add(token):
+                self._close(row)
+                ended.add(place)
+            self._on_token(row.generated)
+        return ended
+
+    def _make_column(self) -> None:
+        """Sees to it that the next tokens have a column; the youngest rows may have to go."""
+        cache = self._batch.cache
+        if self._room.make_column(cache):
+            return
+        length = cache.window.length + 1
+        youngest = self._batch.by_age()[self._room.num_rows(length) :]
+        if youngest:
+            self._put_back(youngest)
+            self._batch.remove({self._batch.rows.index(row) for row in youngest})
+        self._room.resize(cache, length)
+
+    def _put_back(self, rows: Sequence[Row]) -> None:
+        self._waiting.put_back(rows)
+        self._metrics = self._metrics.plus(put_back=len(rows))
+
+    def _make_smaller(self, message: str) -> None:
+        """Frees all memory and puts the rows back, to run half as many at a time.
+
+        A row that was alone does not fit at all.
+        """
+        rows = list(dict.fromkeys([*self._batch.by_age(), *self._admitting]))
+        self._batch = Batch(self._forward)
+        self._prefiller.forget()
+        self._admitting = []
+        torch.cuda.empty_cache()
+        self._metrics = self._metrics.plus(out_of_memory=1)
+        if len(rows) > 1:
+            self._room.halve(len(rows), max(row.length for row in rows))
+            self._waiting.put_back([row for row in rows if row.generated.completion is None])
+            logger.warning(
+                "out of memory with %d rows (%s): going on with less", len(rows), message
+            )
+        elif rows[0].generated.completion is None:
+            self._fail(rows[0], f"out_of_memory: {rows[0].length} tokens do not fit, even alone")
+
+    def _fail(self, row: Row, error: str) -> None:
+        """Ends a row as an error; `error` is `kind: message`."""
+        row.generated.fail(error)
+        self._close(row)
+
+    def _close(self, row: Row) -> None:
+        """Hands out the answer of a row that has ended."""
+        self._intake.forget(row)
+        self._finished.extend(row.completions())

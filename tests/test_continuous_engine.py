@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline import continuous_engine, room
+from pipeline.continuous_engine import ContinuousEngine
+from pipeline.forward import Forward
+from pipeline.model import Model
+from pipeline.records import Completion, FinishReason, Request
+from pipeline.slots import SlotCache
+from tests.bare_models import (
+    NUM_POSITIONS,
+    NUM_TOKENS,
+    alone,
+    answers,
+    bare_llama,
+    drain,
+    in_order,
+    random_prompt,
+    reference,
+    request,
+    spell,
+    texts,
+    varied,
+)
+
+TOKEN_BYTES = 2 * 2 * 2 * 8 * 4
+"""Keys and values, layers, heads, head size, bytes."""
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """A Llama whose answers vary; not to be changed."""
+    torch.set_num_threads(1)
+    return bare_llama()
+
+
+@pytest.fixture(autouse=True)
+def _tight_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "COLUMN_STEP", 1)
+    monkeypatch.setattr(room, "GROWTH", 1)
+
+
+ROWS = st.lists(
+    st.tuples(
+        st.integers(1, 40),  # prompt length
+        st.integers(1, 20),  # max_new_tokens
+        st.sampled_from([(), ("c",), ("ab", "x"), ("ba", "ca", "da")]),
+        st.booleans(),  # shares a beginning
+        st.integers(0, 3),  # steps before the next arrives
+    ),
+    min_size=1,
+    max_size=14,
+)
+
+
+@settings(
+    max_examples=40,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    rows=ROWS,
+    num_slots=st.integers(1, 6),
+    cache_tokens=st.sampled_from([1, 60, 150, 100_000]),
+    refill_share=st.sampled_from([1, 2, 8]),
+    seed=st.integers(0, 3),
+)
+def test_every_request_ends_once_with_its_own_answer(
+    model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[tuple[int, int, tuple[str, ...], bool, int]],
+    num_slots: int,
+    cache_tokens: int,
+    refill_share: int,
+    seed: int,
+) -> None:
+    """Whatever arrives when, with any lengths, limits, stop strings, slots, memory and groups."""
+    monkeypatch.setattr(continuous_engine, "REFILL_SHARE", refill_share)
+    chance = random.Random(seed)
+    beginning = random_prompt(chance, 34)
+    engine = ContinuousEngine(model, num_slots, cache_bytes=cache_tokens * TOKEN_BYTES)
+    requests: list[Request] = []
+    completions: list[Completion] = []
+    for length, limit, stop, is_shared, num_steps in rows:
+        prompt = beginning * is_shared + random_prompt(chance, length)
+        requests.append(request(len(requests), prompt, limit, stop=stop))
+        engine.add(requests[-1:])
+        for _ in range(num_steps):
+            completions += engine.step()
+        assert engine.num_running <= num_slots
+        assert engine.num_waiting + engine.num_running + len(completions) == len(requests)
+    completions += drain(engine)
+    assert in_order(completions, requests) == reference(model, requests)
+
+
+def test_samples_do_not_depend_on_the_slots(model: Model) -> None:
+    """The same keys give the static engine's samples in 1 slot, in 3, and in little memory.
+
+    Greedy and penalized rows stand beside them.
+    """
+    settings_of = [
+        {"temperature": 1.0, "top_k": 20},
+        {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.3},
+        {},
+        {"temperature": 1.5, "min_p": 0.05},
+        {"repetition_penalty": 1.5},
+    ]
+    requests = [
+        request(one.id.row, one.prompt_ids, one.sampling.max_new_tokens, **settings_of[row % 5])
+        for row, one in enumerate(varied(20, seed=2))
+    ]
+    expected = reference(model, requests)
+    for num_slots, cache_tokens in ((1, 10_000), (3, 10_000), (6, 55)):
+        engine = ContinuousEngine(model, num_slots, cache_bytes=cache_tokens * TOKEN_BYTES)
+        engine.add(requests[:2])
+        completions = engine.step()
+        engine.add(requests[2:])
+        assert in_order([*completions, *drain(engine)], requests) == expected
+    assert engine.metrics.num_put_back > 0
+
+
+def test_equal_greedy_requests_run_once(model: Model) -> None:
+    """While one waits or runs, others join it; each gets the answer under its own name."""
+    prompt = random_prompt(random.Random(0), 9)
+    requests = [request(row, prompt, 6) for row in range(5)]
+    engine = ContinuousEngine(model, num_slots=4)
+    engine.add(requests[:3])
+    completions = engine.step()
+    assert (engine.num_waiting, engine.num_running) == (0, 3)
+    engine.add(requests[3:])
+    completions = in_order([*completions, *drain(engine)], requests)
+    assert texts(completions) == [spell(alone(model, requests[0]))] * 5
+    assert engine.metrics.num_generated_tokens == completions[0].num_completion_tokens
+
+    other_limit = request(9, prompt, 3)
+    assert answers(engine, [other_limit])[0].num_completion_tokens == 3
+
+
+def test_samples_of_a_prompt_share_its_prefill(model: Model) -> None:
+    """The prompt is worked through once, and the samples differ."""
+    prompt = random_prompt(random.Random(0), 20)
+    requests = [request(row, prompt, 8, temperature=1.0) for row in range(4)]
+    engine = ContinuousEngine(model, num_slots=4)
+    completions = answers(engine, requests)
+    assert completions == reference(model, requests)
+    assert len(set(texts(completions))) > 1
+    assert engine.metrics.num_prefilled_tokens == 20
+    assert engine.metrics.num_saved_tokens == 60
+
+
+def test_a_shared_prefix_is_worked_through_once(model: Model) -> None:
+    """For all groups that need it, also those that come later.
+
+    A prompt that is the prefix and no more, and others without it, get their own answers.
+    """
+    chance = random.Random(0)
+    prefix = random_prompt(chance, 50)
+    prompts = [prefix + random_prompt(chance, chance.randint(3, 9)) for _ in range(12)]
+    prompts += [prefix, random_prompt(chance, 55), prefix[:40]]
+    requests = [request(row, prompt, 6) for row, prompt in enumerate(prompts)]
+    engine = ContinuousEngine(model, num_slots=3)
+    assert texts(answers(engine, requests)) == [spell(alone(model, one)) for one in requests]
+    # The prefix's last token is left to the rows, for the one that has no other.
+    num_own = sum(len(prompt) - 49 for prompt in prompts[:13])
+    assert engine.metrics.num_prefilled_tokens == 49 + num_own + 55 + 40
+    assert engine.metrics.num_saved_tokens == 12 * 49
+
+    more = [request(100 + row, prefix + random_prompt(chance, 4), 6) for row in range(3)]
+    assert texts(answers(engine, more)) == [spell(alone(model, one)) for one in more]
+    assert engine.metrics.num_saved_tokens == 12 * 49 + 3 * 49
+
+
+def test_a_prompt_that_is_the_shared_prefix_and_no_more(
+    model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Is worked through like any other: a row's last token gives its logits."""
+    chance = random.Random(0)
+    prefix = random_prompt(chance, 33)
+    requests = [request(row, (*prefix, 3 + row), 2) for row in range(40)]
+    requests.append(request(40, prefix, 2))
+    engine = ContinuousEngine(model, num_slots=8)
+    assert texts(answers(engine, requests)) == [spell(alone(model, one)) for one in requests]
+    assert engine.metrics.num_prefilled_tokens == 33 + 40 + 33
+    assert not caplog.records
+
+
+def test_refused_requests_come_back_and_counts_add_up(model: Model) -> None:
+    """An overlong, an empty and an unknown prompt are error rows of the next step."""
+    good = request(0, [5, 6, 7], 4)
+    bad = [request(1, [5] * 100, 100), request(2, []), request(3, [NUM_TOKENS])]
+    engine = ContinuousEngine(model, num_slots=2)
+    engine.add([good, *bad])
+    assert (engine.num_waiting, engine.num_running) == (4, 0)
+    refused = engine.step()
+    assert [one.error.partition(":")[0] for one in refused if one.error] == [
+        "overlong",
+        "empty_prompt",
+        "unknown_token",
+    ]
+    assert (engine.num_waiting, engine.num_running) == (0, 1)
+    assert (engine.num_prompt_tokens, engine.num_generated_tokens) == (3, 2)
+    (last,) = drain(engine)
+    assert last.finish_reason in (FinishReason.LENGTH, FinishReason.STOP)
+    assert engine.step() == []
+
+
+def test_dropped_requests_do_not_come_back(model: Model) -> None:
+    """Those that run are finished; an equal one may be added again."""
+    requests = varied(9)
+    engine = ContinuousEngine(model, num_slots=2)
+    engine.add(requests)
+    completions = engine.step()
+    num_started = engine.num_running + len(completions)
+    engine.drop_waiting()
+    assert engine.num_waiting == 0
+    completions += drain(engine)
+    assert len(completions) == num_started < 9
+    assert len(answers(engine, requests)) == 9
+
+
+def test_slots_are_refilled_in_groups(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before an eighth of them is free, so that prefill is no stream of single rows."""
+    group_sizes: list[int] = []
+    prefill = Forward.prefill
+
+    def counting(self: Forward, rows: Sequence[Sequence[int]], *args: Any) -> Any:
+        group_sizes.append(len(rows))
+        return prefill(self, rows, *args)
+
+    monkeypatch.setattr(Forward, "prefill", counting)
+    chance = random.Random(0)
+    requests = [request(row, random_prompt(chance, 6), 2 + row % 15) for row in range(80)]
+    engine = ContinuousEngine(model, num_slots=16)
+    answers(engine, requests)
+    assert group_sizes[0] == 16
+    assert min(group_sizes[:-1]) >= 2
+
+
+def test_the_batch_shrinks_as_rows_run_out(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step computes live rows only: at the end of a job, fewer and fewer."""
+    num_computed: list[int] = []
+    call = Forward.__call__
+
+    def counting(self: Forward, input_ids: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+        if input_ids.shape[1] == 1:
+            num_computed.append(input_ids.shape[0])
+        return call(self, input_ids, cache)
+
+    monkeypatch.setattr(Forward, "__call__", counting)
+    chance = random.Random(0)
+    requests = [request(row, random_prompt(chance, 5), 2 + 3 * row) for row in range(6)]
+    engine = ContinuousEngine(model, num_slots=6)
+    completions = answers(engine, requests)
+    assert sum(num_computed) == sum(one.num_completion_tokens - 1 for one in completions)
+    assert num_computed == sorted(num_computed, reverse=True)
+    assert num_computed[-1] < num_computed[0] == 6
+
+
+def test_a_row_may_use_every_position(model: Model) -> None:
+    """Prompt and completion together fill the model's context to the last token."""
+    prompt = random_prompt(random.Random(2), 100)
+    one = request(0, prompt, NUM_POSITIONS - 100)
+    others = varied(5, seed=4)
+    engine = ContinuousEngine(model, num_slots=3)
+    completions = answers(engine, [one, *(request(9 + r.id.row, r.prompt_ids) for r in others)])
+    assert completions[0].text == spell(alone(model, one))
