@@ -6,6 +6,7 @@ What a command needs is imported inside it, because Ray and torch take seconds t
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from jobs import __version__
-from pipeline.errors import DamagedOutputError, ShardmillError, StoppedError
+from pipeline.errors import DamagedOutputError, OutputError, ShardmillError, StoppedError
 
 if TYPE_CHECKING:
     from jobs.config import JobConfig
@@ -114,7 +115,7 @@ def run(
 
     config = load_job(job, _overrides(overrides, output, limit, workers))
     if dry_run:
-        _show_plan(config, as_json)
+        _show_plan(config, as_json, must_run=ray_address is None)
         return
     _log_to_stderr(logging.WARNING if quiet else logging.INFO, log_file)
     options = RunOptions(fresh, stop_file, max_walltime, grace, ray_address)
@@ -214,6 +215,12 @@ def main() -> NoReturn:
     except BrokenPipeError:
         _close_stdout()
         sys.exit(0)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _close_stdout()
+        click.echo("shardmill: standard output cannot be written: the disk is full", err=True)
+        sys.exit(OutputError.exit_code)
     except Exception:  # noqa: BLE001 - the last resort; it is shown whole
         traceback.print_exc()
         click.echo("shardmill: this is a bug in Shardmill; please report the lines above", err=True)
@@ -227,14 +234,20 @@ def _overrides(
     """The short options as settings; they win over `--set`, being more particular."""
     short = {"output.path": output, "input.limit": limit, "workers.count": workers}
     # JSON is YAML, and quotes whatever a path may hold.
-    given = [f"{key}={json.dumps(value)}" for key, value in short.items() if value is not None]
+    given = [
+        f"{key}={json.dumps(value, ensure_ascii=False)}"
+        for key, value in short.items()
+        if value is not None
+    ]
     return [*overrides, *given]
 
 
-def _show_plan(config: JobConfig, as_json: bool) -> None:
-    from jobs.preview import plan_job  # torch, which a run needs only in its workers
+def _show_plan(config: JobConfig, as_json: bool, *, must_run: bool = False) -> None:
+    from jobs.preview import check_can_run, plan_job  # torch, which a run has in workers only
     from jobs.texts import plan_text
 
+    if must_run:
+        check_can_run(config)
     _print(plan_job(config), plan_text, as_json)
 
 
@@ -266,30 +279,23 @@ def _discard(text: str) -> None:
     pass
 
 
-class _StderrHandler(logging.Handler):
-    """Writes log lines above the progress bar, if there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(f"shardmill: {self.format(record)}", file=sys.stderr)
-
-
 def _log_to_stderr(level: int, log_file: Path | None = None) -> None:
-    """Shows our own messages; those of libraries only from warnings on."""
+    from jobs.logs import terminal_handler
+
     root = logging.getLogger()
     root.setLevel(logging.INFO)
-    handler = _StderrHandler(level)
-    handler.addFilter(_is_worth_showing)
-    root.addHandler(handler)
+    root.addHandler(terminal_handler(sys.stderr, level))
     if log_file is not None:
-        from jobs.logs import log_handler
-
-        root.addHandler(log_handler(log_file))
+        root.addHandler(_file_handler(log_file))
 
 
-def _is_worth_showing(record: logging.LogRecord) -> bool:
-    return record.name.split(".")[0] in ("jobs", "pipeline") or record.levelno >= logging.WARNING
+def _file_handler(path: Path) -> logging.Handler:
+    from jobs.logs import log_handler
+
+    try:
+        return log_handler(path)
+    except OSError as error:
+        raise click.BadParameter(f"cannot write '{path}': {error.strerror}") from None
 
 
 def _close_stdout() -> None:

@@ -57,7 +57,8 @@ def ray_cluster(address: str | None) -> Iterator[Resources]:
         ResourceError: there is no cluster at the address, or Ray does not start.
     """
     try:
-        _connect(address)
+        with _without_rays_signal_handler():
+            _connect(address)
     except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
         where = f"at {address}" if address else "on this machine"
         raise ResourceError(f"cannot reach a Ray cluster {where}: {_first_line(error)}") from error
@@ -66,6 +67,21 @@ def ray_cluster(address: str | None) -> Iterator[Resources]:
         yield Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)))
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without_rays_signal_handler() -> Iterator[None]:
+    """Keeps `ray.init` from answering SIGTERM with an exit of its own, with code 15.
+
+    There is no setting for it, and a handler put back afterwards comes too late for a signal
+    during the seconds that it takes.
+    """
+    install = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = install
 
 
 def _connect(address: str | None) -> None:

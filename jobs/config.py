@@ -7,6 +7,7 @@ a loaded `JobConfig` holds absolute ones only.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -55,10 +56,10 @@ class WorkersSettings(Settings):
 class FailureSettings(Settings):
     """What is put up with before the job stops."""
 
-    max_failed_rows: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
+    max_failed_rows: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1,
-        description="Rows that may end in an error, as a count or as a share of all rows "
-        "(rounded up); with more the job stops with exit code 65.",
+        description="Rows that may end in an error, as a whole number or as a share of all rows "
+        "(0.1, 1.0; rounded up); with more the job stops with exit code 65.",
     )
     stall_timeout: Annotated[float, Field(gt=0)] = Field(
         default=600.0,
@@ -70,7 +71,7 @@ class FailureSettings(Settings):
         """How many of `num_rows` may fail."""
         if isinstance(self.max_failed_rows, int):
             return self.max_failed_rows
-        return -int(-self.max_failed_rows * num_rows // 1)
+        return math.ceil(self.max_failed_rows * num_rows)
 
 
 class JobConfig(Settings):
@@ -250,7 +251,8 @@ def _wish(detail: Mapping[str, Any]) -> str:
     """Pydantic's 'Input should be a valid integer' as 'be a valid integer'."""
     if detail["type"] in ("model_type", "dict_type", "model_attributes_type"):
         return "be a block of settings"
-    return str(detail["msg"]).partition(" should ")[2] or str(detail["msg"])
+    wish = str(detail["msg"]).partition(" should ")[2] or str(detail["msg"])
+    return wish.replace("a valid tuple", "a list").replace(" after validation", "")
 
 
 def _unknown(setting: str) -> str:

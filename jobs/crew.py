@@ -15,10 +15,12 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from jobs.cluster import WorkerShape
+from jobs.logs import FILE_ONLY
 from jobs.worker import CONCURRENCY, SHARDS_IN_FLIGHT, Worker, WorkerSpec
 from pipeline.errors import ResourceError, ShardmillError
 from pipeline.outcome import Progress, ShardOutcome, WorkerInfo
 from pipeline.records import Shard
+from pipeline.segments import Totals
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +29,6 @@ PLACE_TIMEOUT = 300.0
 
 LOAD_TIMEOUT = 3600.0
 """Seconds to load a model: hundreds of gigabytes from a slow disk fit in."""
-
-NO_PROGRESS = Progress(0, 0, 0)
 
 POLL_INTERVAL = 1.0
 """Seconds between two questions to a worker how far it is."""
@@ -68,6 +68,7 @@ class _Member:
 
     Attributes:
         calls: what has been asked of the actor: the method, and the shard for `run`.
+        is_alone: whether it holds one shard and shall be given no other beside it.
         moved_at: monotonic seconds when it last got on.
         start_at: monotonic seconds when a new actor may be started.
     """
@@ -76,7 +77,8 @@ class _Member:
     actor: Any = None
     calls: dict[Any, tuple[str, Shard | None]] = field(default_factory=dict)
     is_ready: bool = False
-    progress: Progress = NO_PROGRESS
+    progress: Progress = field(default_factory=Progress)
+    is_alone: bool = False
     moved_at: float = 0.0
     polled_at: float = 0.0
     start_at: float = 0.0
@@ -114,6 +116,16 @@ class Crew:
         return sum(len(member.shards()) for member in self._members)
 
     @property
+    def num_commits(self) -> int:
+        """Segments that the present actors have published."""
+        return sum(member.progress.num_commits for member in self._members)
+
+    @property
+    def interim(self) -> Totals:
+        """What is committed of shards that workers hold."""
+        return sum((member.progress.interim for member in self._members), Totals())
+
+    @property
     def num_generated_tokens(self) -> int:
         """Tokens generated in this run."""
         return self._generated_before + sum(m.progress.num_generated_tokens for m in self._members)
@@ -122,12 +134,19 @@ class Crew:
         """The worker for each shard that can be handed out now, the emptiest first."""
         for depth in range(SHARDS_IN_FLIGHT):
             for member in self._members:
-                if member.is_ready and len(member.shards()) <= depth:
+                if member.is_ready and not member.is_alone and len(member.shards()) <= depth:
                     yield member.index
 
-    def hand(self, worker: int, shard: Shard) -> None:
-        """Gives a shard to a worker."""
+    def least_busy(self) -> tuple[int, int] | None:
+        """The ready worker that holds the fewest shards, and how many; None if there is none."""
+        ready = [member for member in self._members if member.is_ready and not member.is_alone]
+        held = [(len(member.shards()), member.index) for member in ready]
+        return (min(held)[1], min(held)[0]) if held else None
+
+    def hand(self, worker: int, shard: Shard, *, alone: bool = False) -> None:
+        """Gives a shard to a worker; `alone` keeps others away until it has answered."""
         member = self._members[worker]
+        member.is_alone = alone
         if not member.shards():
             member.moved_at = time.monotonic()
         self._ask(member, "run", shard)
@@ -203,10 +222,14 @@ class Crew:
         except RayTaskError as error:
             if isinstance(error.cause, ShardmillError):
                 raise error.cause from None
-            logger.error("worker %d raised in %s:\n%s", member.index, method, error)
+            logger.error(
+                "worker %d raised in %s:\n%s", member.index, method, error, extra=FILE_ONLY
+            )
             return [self._lose(member, f"it raised {error.cause!r}")]
         except RayError as error:
-            logger.error("worker %d was lost in %s:\n%s", member.index, method, error)
+            logger.error(
+                "worker %d was lost in %s:\n%s", member.index, method, error, extra=FILE_ONLY
+            )
             return [self._lose(member, type(error).__name__)]
         del member.calls[ref]
         return self._take(member, method, shard, answer)
@@ -223,6 +246,7 @@ class Crew:
                 member.progress, member.moved_at = answer, time.monotonic()
         elif shard is not None:
             member.moved_at = time.monotonic()
+            member.is_alone = False
             return [ShardDone(shard, answer)]
         return []
 

@@ -15,7 +15,7 @@ from jobs.crew import Crew, Event, ShardDone, WorkerLost, WorkerReady
 from jobs.progress import Reporter, Snapshot
 from jobs.recorder import Recorder
 from jobs.stop import StopRequest
-from pipeline.errors import StoppedError, TooManyFailedRowsError, WorkerError
+from pipeline.errors import TooManyFailedRowsError, WorkerError
 from pipeline.records import Shard
 from pipeline.segments import Totals
 
@@ -40,7 +40,8 @@ def check_failed(totals: Totals, max_failed: int) -> None:
     if totals.error > max_failed:
         raise TooManyFailedRowsError(
             f"{totals.error} rows ended in an error and failure.max_failed_rows allows "
-            f"{max_failed}; mend the cause, or raise the limit and run the same command"
+            f"{max_failed}; raise that and run the same command to keep them as they are, or mend "
+            "the cause and start over with --fresh"
         )
 
 
@@ -68,6 +69,8 @@ class Driver:
         self._again: deque[Shard] = deque()
         self._losses_of_shard: Counter[int] = Counter()
         self._losses_in_a_row = 0
+        self._num_commits = 0
+        self._suspects: deque[Shard] = deque()
         self._is_handed_out = False
         self._rate = _Rate()
         self._ready_at: float | None = None
@@ -86,7 +89,7 @@ class Driver:
             WorkerError: workers keep dying.
             ShardmillError: a worker met a condition that is the user's to mend.
         """
-        while not self._is_handed_out or self.crew.num_in_flight or self._again:
+        while not self._is_handed_out or self.crew.num_in_flight or self._again or self._suspects:
             self._check_limits()
             self.crew.start()
             self._hand_out()
@@ -98,17 +101,29 @@ class Driver:
         if self.recorder.totals.error > self.max_failed:
             self._drain()
             check_failed(self.recorder.totals, self.max_failed)
-        if reason := self.stop.reason():
+        if self.stop.reason():
             self._drain()
-            raise StoppedError(f"stopped: {reason}; run the same command again to continue")
+            self.stop.check()
 
     def _hand_out(self) -> None:
+        reserved = self._hand_out_suspects()
         for worker in self.crew.free_places():
+            if worker == reserved:
+                continue
             shard = self._again.popleft() if self._again else next(self._shards, None)
             if shard is None:
                 self._is_handed_out = True
                 return
             self.crew.hand(worker, shard)
+
+    def _hand_out_suspects(self) -> int | None:
+        """Gives each suspect to a worker that holds nothing; the worker kept free for the next."""
+        while self._suspects:
+            worker, num_held = self.crew.least_busy() or (None, 0)
+            if worker is None or num_held:
+                return worker
+            self.crew.hand(worker, self._suspects.popleft(), alone=True)
+        return None
 
     def _drain(self) -> None:
         """Has every worker commit what is finished, waiting at most `grace` seconds."""
@@ -135,29 +150,21 @@ class Driver:
     def _introduce(self, event: WorkerReady) -> None:
         self._ready_at = self._ready_at or time.monotonic()
         info = event.info
-        logger.info(
-            "worker %d on %s: %s",
-            event.worker,
-            info.node,
-            info.model,
-        )
+        where = f"{info.node}, GPU {info.devices}" if info.devices else info.node
+        logger.info("worker %d on %s: %s", event.worker, where, info.model)
         for note in info.notes:
             logger.warning("worker %d: %s", event.worker, note)
 
     def _account(self, event: ShardDone) -> None:
-        if event.outcome.commits:
-            self._losses_in_a_row = 0
         self.recorder.record(event.outcome)
 
     def _replace(self, event: WorkerLost) -> None:
         """Puts the lost shards back; the crew fills the empty place by itself."""
-        logger.warning(
-            "worker %d was lost (%s); %d shards go to another one",
-            event.worker,
-            event.cause,
-            len(event.shards),
-        )
-        self._again.extendleft(reversed(event.shards))
+        held = f"{len(event.shards)} shards, which run again"
+        logger.warning("worker %d was lost (%s) with %s", event.worker, event.cause, held)
+        # One of them may be what the worker died of: each runs alone from now on, so that the
+        # next loss names the right one.
+        self._suspects.extend(event.shards)
         self._losses_in_a_row += 1
         self._losses_of_shard.update(shard.index for shard in event.shards)
         for shard in event.shards:
@@ -175,14 +182,17 @@ class Driver:
             )
 
     def _report(self) -> None:
-        num_done = self.recorder.totals.num_completions
+        if self.crew.num_commits != self._num_commits:
+            self._num_commits, self._losses_in_a_row = self.crew.num_commits, 0
+        committed = self.recorder.totals + self.crew.interim
+        num_done = min(committed.num_completions, self.num_completions)
         rate = self._rate.update(self.crew.num_generated_tokens, num_done)
         num_left = self.num_completions - num_done
         self.reporter.update(
             Snapshot(
                 num_rows=self.num_completions,
                 num_rows_done=num_done,
-                num_rows_failed=self.recorder.totals.error,
+                num_rows_failed=committed.error,
                 num_workers=self.crew.num_ready,
                 tokens_per_second=rate.tokens_per_second,
                 seconds_left=num_left / rate.rows_per_second if rate.rows_per_second else None,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
 from jobs.config import JobConfig
-from jobs.inputs import Inputs
+from jobs.inputs import InputFile
 from pipeline.checkpoint import Checkpoint
 from pipeline.records import Sampling
 
@@ -21,12 +21,12 @@ Fields = dict[str, JsonValue]
 
 
 def fingerprint_fields(
-    job: JobConfig, inputs: Inputs, checkpoint: Checkpoint, sampling: Sampling
+    job: JobConfig, files: Sequence[InputFile], checkpoint: Checkpoint, sampling: Sampling
 ) -> Fields:
     """The settings that change an answer, resolved, by the dotted name a user knows them by."""
     fields: Fields = {
         f"input.file.{file.name}": f"{file.num_rows} rows, {file.size} bytes, {file.digest}"
-        for file in inputs.files
+        for file in files
     }
     fields["output.prefix"] = job.output.prefix
     fields["output.columns"] = (
@@ -38,6 +38,7 @@ def fingerprint_fields(
         "model.files": checkpoint.digest,
         "model.quantization": job.model.quantization,
         "model.dtype": job.model.dtype,
+        "model.trust_remote_code": job.model.trust_remote_code,
         "generation.num_samples": job.generation.num_samples,
         "generation.max_new_tokens": sampling.max_new_tokens,
         "generation.stop": list[JsonValue](sorted(sampling.stop)),

@@ -5,8 +5,9 @@ Memory grows with the number of files; not with rows, and not with row groups.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +16,16 @@ from typing import Annotated
 import pyarrow as pa
 from pydantic import Field, model_validator
 
+from jobs.content import content_digests
 from jobs.dataset import DatasetRequest, stage_dataset
+from jobs.manifest import PlannedFile
 from jobs.sources import find_sources
 from jobs.staging import Staged, stage_jsonl
 from pipeline.errors import InputError
-from pipeline.reader import read_footer
+from pipeline.reader import file_stamp, read_footer
 from pipeline.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 _FOOTER_THREADS = 16  # waiting for a network file system, most of the time
 
@@ -68,8 +73,10 @@ class InputFile:
         source: what the user has: the same file, a JSONL file or a data set.
         size: of the source, in bytes.
         num_rows: rows taken from it, from its first on; 0 is possible.
-        digest: sha256 of a Parquet file's size and footer, or of a JSONL file's content; of a
-            data set's commit (or fingerprint), configuration and split.
+        stamp: of the file at `path`; see `file_stamp`.
+        digest: sha256 of a JSONL file's content; of a data set's commit (or fingerprint),
+            configuration and split; empty for a Parquet file, which is read in full only when
+            its digest is asked for.
     """
 
     name: str
@@ -77,6 +84,7 @@ class InputFile:
     source: str
     size: int
     num_rows: int
+    stamp: str
     digest: str
 
 
@@ -100,9 +108,33 @@ class Inputs:
         return sum(file.num_rows for file in self.files)
 
     @property
-    def footer_digests(self) -> dict[str, str]:
+    def stamps(self) -> dict[str, str]:
         """By path, for `ShardReader`: the files of the user, which may change under us."""
-        return {file.path: file.digest for file in self.files if file.path == file.source}
+        return {file.path: file.stamp for file in self.files if file.path == file.source}
+
+
+def with_digests(files: Sequence[InputFile], known: Mapping[str, PlannedFile]) -> list[InputFile]:
+    """The files with their digests; those that have changed since they were known are read.
+
+    Args:
+        files: from `open_inputs`.
+        known: by path, as an earlier run has seen them.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    unread = [file for file in files if not file.digest and not _is_known(file, known)]
+    if unread:
+        size = sum(file.size for file in unread) / 2**20
+        logger.info("reading %d files (%.0f MiB) to know them again", len(unread), size)
+    paths = [file.path for file in unread]
+    digests = dict(zip(paths, content_digests([Path(path) for path in paths]), strict=True))
+    digests = {path: file.digest for path, file in known.items()} | digests
+    return [file if file.digest else replace(file, digest=digests[file.path]) for file in files]
+
+
+def _is_known(file: InputFile, known: Mapping[str, PlannedFile]) -> bool:
+    return file.path in known and known[file.path].stamp == file.stamp
 
 
 def open_inputs(settings: InputSettings, base: Path, staging: Path) -> Inputs:
@@ -146,12 +178,12 @@ def _parquet_files(
         converted = stage_jsonl(sources, settings.limit, staging.absolute())
         return [_from_staged(staged) for staged in converted], None
     paths = [(source.name, str(source.path)) for source in sources]
-    return [InputFile(name, path, path, 0, 0, "") for name, path in paths], None
+    return [InputFile(name, path, path, 0, 0, "", "") for name, path in paths], None
 
 
 def _from_staged(staged: Staged) -> InputFile:
     path = str(staged.path)
-    return InputFile(staged.name, path, staged.source, staged.size, 0, staged.digest)
+    return InputFile(staged.name, path, staged.source, staged.size, 0, "", staged.digest)
 
 
 def _checked_schema(file: InputFile) -> pa.Schema:
@@ -174,9 +206,8 @@ def _opened(file: InputFile, first: InputFile, schema: pa.Schema) -> InputFile:
             "same columns, or name only those that have them in input.path."
         )
     num_rows = footer.metadata.num_rows
-    if file.digest:
-        return replace(file, num_rows=num_rows)
-    return replace(file, num_rows=num_rows, size=footer.size, digest=footer.digest)
+    size = file.size if file.digest else footer.size
+    return replace(file, num_rows=num_rows, size=size, stamp=file_stamp(file.path))
 
 
 def _difference(first: pa.Schema, other: pa.Schema) -> str | None:

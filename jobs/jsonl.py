@@ -25,6 +25,9 @@ from pipeline.reader import unreadable
 
 _BLOCK_BYTES = 8 << 20
 _KINDS = {list: "list", str: "string", bool: "boolean", type(None): "null"}
+_INT64 = range(-(2**63), 2**63)
+_MANY_DIGITS = b"1" * len(str(2**63))
+_ANY_DIGIT = bytes.maketrans(b"023456789", b"1" * 9)
 _UNFIT = (ValueError, pa.ArrowException)  # Arrow's own, bad UTF-8, and a wrong number of rows
 
 
@@ -45,7 +48,8 @@ def extend_schema(known: pa.Schema, path: Path, limit: int | None) -> tuple[pa.S
         The schema, and the number of rows: at most `limit`.
 
     Raises:
-        InputError: a line is not a JSON object in UTF-8, or a column changes its type.
+        InputError: a line is not a JSON object in UTF-8, a column changes its type, or an integer
+            needs more than 64 bits.
     """
     num_rows = 0
     for block in _blocks(path, limit):
@@ -53,6 +57,7 @@ def extend_schema(known: pa.Schema, path: Path, limit: int | None) -> tuple[pa.S
             known = _merged(known, block)
         except _UNFIT:
             raise _line_error(known, path, block) from None
+        _refuse_long_integers(path, block)
         num_rows += len(block)
     return known, num_rows
 
@@ -136,6 +141,14 @@ def _json_type(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
+def _refuse_long_integers(path: Path, block: list[Line]) -> None:
+    # Arrow makes floats of them, which hold 15 digits. To look for so many digits in a row costs
+    # a tenth of what Arrow takes; most of those that are found are in strings.
+    for line in block:
+        if _MANY_DIGITS in line.text.translate(_ANY_DIGIT) and (fault := _own_fault(line)):
+            raise InputError(f"{path}, line {line.number}: {fault}")
+
+
 def _line_error(known: pa.Schema, path: Path, block: list[Line]) -> InputError:
     """What is wrong with the first line that does not fit, found by halving."""
     fits, fails = 0, len(block)
@@ -159,7 +172,9 @@ def _why_unfit(known: pa.Schema, block: list[Line]) -> Exception | None:
 
 def _own_fault(line: Line) -> str | None:
     try:
-        value = json.loads(line.text.decode("utf-8-sig"))
+        value = json.loads(line.text.decode("utf-8-sig"), parse_int=_integer)
+    except OverflowError as error:
+        return str(error)
     except UnicodeDecodeError as error:
         return f"not UTF-8 ({error.reason} at byte {error.start}); convert the file, as with iconv."
     except json.JSONDecodeError as error:
@@ -168,6 +183,16 @@ def _own_fault(line: Line) -> str | None:
         kind = _KINDS.get(type(value), "number")
         return f"a {kind}, not an object; write one object on each line."
     return None
+
+
+def _integer(text: str) -> int:
+    # By length first, because `int` refuses thousands of digits.
+    if len(text) > len(str(_INT64.start)) or int(text) not in _INT64:
+        shown = text if len(text) <= 40 else f"{text[:40]}…"
+        raise OverflowError(
+            f"the number {shown} has more digits than 64 bits hold; write it as a string."
+        )
+    return int(text)
 
 
 def _arrow_fault(why: Exception | None) -> str:

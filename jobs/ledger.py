@@ -6,7 +6,9 @@ calls `open_or_create` and `Ledger.sweep`.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,9 +17,9 @@ from pathlib import Path
 from jobs.differences import differences
 from jobs.lock import RunLock
 from jobs.manifest import FORMAT_VERSION, Manifest
-from jobs.parts import PartInfo, check_fingerprint, read_part
+from jobs.parts import PartInfo, read_part
 from jobs.state import JobState
-from pipeline.errors import DamagedOutputError, JobDiffersError, OutputError
+from pipeline.errors import DamagedOutputError, InputError, JobDiffersError, OutputError
 from pipeline.folder import RunFolder
 from pipeline.publish import output_errors, sync_folder, write_json
 from pipeline.segments import (
@@ -45,16 +47,32 @@ class Ledger:
         """Read an existing run folder.
 
         Raises:
-            OutputError: it is none, or a newer Shardmill's.
+            InputError: it is none.
+            OutputError: it is a newer Shardmill's.
             DamagedOutputError: its manifest is damaged.
         """
         run = RunFolder(folder)
         if not run.manifest.is_file():
-            raise OutputError(
+            raise InputError(
                 f"'{folder}' is no output folder of Shardmill: it has no "
                 f"'{run.manifest.relative_to(folder)}'; give the folder that a run wrote to"
             )
         return cls(run, _read_manifest(run.manifest))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether `_SUCCESS` and all parts are there; no file is opened."""
+        parts = range(self.manifest.num_parts)
+        return self.folder.success.exists() and all(self.has_part(part) for part in parts)
+
+    def has_part(self, part: int) -> bool:
+        """Whether the part is published."""
+        return (self.folder.root / self.manifest.part_name(part)).exists()
+
+    def is_rolled_up(self, shard: int) -> bool:
+        """Whether the shard is of this job and in a published part: its segments mean nothing."""
+        manifest = self.manifest
+        return shard < manifest.num_shards and self.has_part(manifest.part_of(shard))
 
     def scan(self) -> JobState:
         """Which shards and parts are done; the segments of published parts are not opened.
@@ -67,7 +85,7 @@ class Ledger:
         # Segments before parts: what moves from one to the other meanwhile is seen at least once.
         segments = list_segments(self.folder)
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-            parts = [part for part in range(self.manifest.num_parts) if self._has_part(part)]
+            parts = [part for part in range(self.manifest.num_parts) if self.has_part(part)]
             for part in pool.map(self._read_part, parts):
                 state.add_part(part)
             names = [
@@ -91,14 +109,9 @@ class Ledger:
             # A part's name may not be durable yet if its writer died right after linking it.
             sync_folder(self.folder.root)
             for shard, commits in list_segments(self.folder).items():
-                if shard < self.manifest.num_shards and self._has_part(
-                    self.manifest.part_of(shard)
-                ):
+                if self.is_rolled_up(shard):
                     for commit in commits:
                         (self.folder.segments / segment_name(shard, commit)).unlink()
-
-    def _has_part(self, part: int) -> bool:
-        return (self.folder.root / self.manifest.part_name(part)).exists()
 
     def _read_part(self, part: int) -> PartInfo:
         return read_part(self.folder, self.manifest, part)
@@ -119,7 +132,7 @@ class Ledger:
         if commits[-1] < count:
             return range(count)
         path = self.folder.segments / segment_name(shard, count)
-        if self._has_part(self._part_of(shard)):
+        if self.is_rolled_up(shard):
             raise FileNotFoundError(path)
         raise DamagedOutputError(
             f"'{path}' is gone though a later commit of shard {shard} is there; move that away "
@@ -127,9 +140,7 @@ class Ledger:
         )
 
     def _read_segment(self, name: str) -> SegmentInfo:
-        info = read_info(self.folder.segments / name)
-        check_fingerprint(self.folder, self.manifest, info)
-        return info
+        return read_info(self.folder.segments / name, self.manifest.fingerprint)
 
 
 def prepare(folder: Path) -> RunFolder:
@@ -142,16 +153,45 @@ def prepare(folder: Path) -> RunFolder:
     """
     run = RunFolder(folder)
     with output_errors(folder):
+        _refuse_what_is_there(run)
         # A link to a folder that does not exist yet is made good; mkdir would refuse it.
-        target = folder.resolve()
-        if target.exists() and not target.is_dir():
-            raise OutputError(f"output folder '{folder}' is a file; choose another with --output")
-        target.mkdir(parents=True, exist_ok=True)
-        if not run.manifest.exists():
-            _refuse_strangers(run)
-        for name in _FOLDERS:
-            (run.internal / name).mkdir(parents=True, exist_ok=True)
+        folder.resolve().mkdir(parents=True, exist_ok=True)
+        for inner in _inner_folders(run):
+            inner.mkdir(parents=True, exist_ok=True)
     return run
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a folder that `prepare` would refuse; makes nothing.
+
+    Raises:
+        OutputError: see `prepare`.
+    """
+    run = RunFolder(folder)
+    with output_errors(folder):
+        _refuse_what_is_there(run)
+        for path in (folder, *_inner_folders(run)):
+            _check_writable(path.resolve())
+
+
+def _inner_folders(run: RunFolder) -> list[Path]:
+    return [run.internal / name for name in _FOLDERS]
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise what the system would say to a file made in `folder`, or to making `folder`."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
+
+
+def _refuse_what_is_there(run: RunFolder) -> None:
+    if run.root.exists() and not run.root.is_dir():
+        raise OutputError(f"output folder '{run.root}' is a file; choose another with --output")
+    if run.root.exists() and not run.manifest.exists():
+        _refuse_strangers(run)
 
 
 def _refuse_strangers(run: RunFolder) -> None:

@@ -1,20 +1,45 @@
-"""How log lines look in files."""
+"""Which log lines go where, and how they look in files."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TextIO
 
-from pipeline.publish import output_errors
+from tqdm import tqdm
+
+FILE_ONLY = {"is_for_file_only": True}
+"""The `extra` of a message that is too long for the terminal, such as a traceback of Ray's."""
+
+
+class _TerminalHandler(logging.Handler):
+    """Writes a line above the progress bar, if there is one."""
+
+    def __init__(self, stream: TextIO, level: int) -> None:
+        super().__init__(level)
+        self._stream = stream
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Our own messages, and those of libraries from warnings on."""
+        is_ours = record.name.partition(".")[0] in ("jobs", "pipeline")
+        is_shown = is_ours or record.levelno >= logging.WARNING
+        return is_shown and not hasattr(record, "is_for_file_only")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(f"shardmill: {self.format(record)}", file=self._stream)
+
+
+def terminal_handler(stream: TextIO, level: int) -> logging.Handler:
+    """A handler that shows messages from `level` on to somebody who watches."""
+    return _TerminalHandler(stream, level)
 
 
 def log_handler(path: Path) -> logging.Handler:
     """A handler that appends to `path`.
 
     Raises:
-        OutputError: it cannot be opened.
+        OSError: it cannot be opened.
     """
-    with output_errors(path.parent):
-        handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return handler

@@ -25,6 +25,7 @@ class PlannedFile(Settings):
     name: str = Field(description="How row_id names it; unique.")
     path: str = Field(description="The Parquet file that workers read.")
     size: int = Field(ge=0, description="Bytes.")
+    stamp: str = Field(description="Size and time of change of the file at `path`.")
     digest: str = Field(description="Of its content.")
     num_rows: int = Field(ge=0, description="Rows taken from it, from its first on.")
 
@@ -34,6 +35,7 @@ class Manifest(Settings):
 
     format_version: int = Field(default=FORMAT_VERSION, description="Of the folder's layout.")
     shardmill_version: str = Field(description="That started the folder.")
+    versions: dict[str, str] = Field(description="Of the libraries that make the answers.")
     created: str = Field(description="ISO 8601 with offset.")
     job: dict[str, JsonValue] = Field(description="The job with everything filled in.")
     fingerprint: str = Field(min_length=1, description="Equal means equal answers.")

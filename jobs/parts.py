@@ -16,7 +16,7 @@ import pyarrow as pa
 from pydantic import TypeAdapter
 
 from jobs.manifest import Manifest
-from jobs.rows import wrong_row
+from jobs.row_checks import wrong_row
 from pipeline.errors import DamagedOutputError, SupersededError
 from pipeline.folder import RunFolder
 from pipeline.publish import output_errors, publish, sync_folder, temporary_file
@@ -146,9 +146,7 @@ def _write_part(folder: RunFolder, manifest: Manifest, part: int) -> None:
 
 
 def _all_commits(folder: RunFolder, manifest: Manifest, shard: int) -> list[SegmentInfo]:
-    infos = committed_infos(folder, shard)
-    for info in infos:
-        check_fingerprint(folder, manifest, info)
+    infos = committed_infos(folder, shard, manifest.fingerprint)
     missing = missing_positions(infos, manifest.shard_completions(shard))
     if missing:
         raise DamagedOutputError(
@@ -156,19 +154,6 @@ def _all_commits(folder: RunFolder, manifest: Manifest, shard: int) -> list[Segm
             "committed; run the same command again"
         )
     return infos
-
-
-def check_fingerprint(folder: RunFolder, manifest: Manifest, info: SegmentInfo) -> None:
-    """Refuse a segment of another job.
-
-    Raises:
-        DamagedOutputError: naming it.
-    """
-    if info.fingerprint != manifest.fingerprint:
-        path = folder.segments / segment_name(info.shard, info.commit)
-        raise DamagedOutputError(
-            f"'{path}' was written by another job; move it away and run the same command again"
-        )
 
 
 def _shard_rows(

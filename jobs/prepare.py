@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +17,7 @@ from pydantic import JsonValue
 from jobs import __version__
 from jobs.config import JobConfig
 from jobs.fingerprint import fingerprint, fingerprint_fields
-from jobs.inputs import Inputs, open_inputs
+from jobs.inputs import Inputs, open_inputs, with_digests
 from jobs.manifest import Manifest, PlannedFile, encode_schema
 from jobs.plan import choose_shard_rows, choose_shards_per_part
 from pipeline.checkpoint import Checkpoint, fetch
@@ -24,6 +25,9 @@ from pipeline.errors import JobFileError, ModelError
 from pipeline.prompts import check_prompt
 from pipeline.records import Sampling
 from pipeline.writer import output_schema
+
+ANSWERING_LIBRARIES = ("torch", "transformers", "tokenizers", "bitsandbytes")
+"""Another version of these may round, or cut a text into tokens, in another way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,6 @@ class PreparedJob:
     Attributes:
         sampling: with the model's defaults filled in.
         passed_columns: input columns that are passed through, in the input's order.
-        prompt_columns: input columns that the prompt needs.
         schema: of the output.
     """
 
@@ -42,7 +45,6 @@ class PreparedJob:
     inputs: Inputs
     sampling: Sampling
     passed_columns: tuple[str, ...]
-    prompt_columns: tuple[str, ...]
     schema: pa.Schema
 
     @property
@@ -78,12 +80,19 @@ class PreparedJob:
         said = self.checkpoint.generation_defaults
         return {name for name, value in said.items() if value is not None}
 
-    def manifest(self) -> Manifest:
-        """What a run folder is started with."""
-        fields = fingerprint_fields(self.job, self.inputs, self.checkpoint, self.sampling)
+    def manifest(self, known: Sequence[PlannedFile] = ()) -> Manifest:
+        """What a run folder is started with.
+
+        Args:
+            known: files of the folder's own manifest, if it has one; files that have not been
+                touched since are not read again.
+        """
+        files = with_digests(self.inputs.files, {file.path: file for file in known})
+        fields = fingerprint_fields(self.job, files, self.checkpoint, self.sampling)
         shard_rows = choose_shard_rows(self.inputs.num_rows)
         return Manifest(
             shardmill_version=__version__,
+            versions={name: version(name) for name in ANSWERING_LIBRARIES},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             job=self.resolved(),
             fingerprint=fingerprint(fields),
@@ -93,10 +102,11 @@ class PreparedJob:
                     name=file.name,
                     path=str(file.path),
                     size=file.size,
+                    stamp=file.stamp,
                     digest=file.digest,
                     num_rows=file.num_rows,
                 )
-                for file in self.inputs.files
+                for file in files
             ),
             output_schema=encode_schema(self.schema),
             output_prefix=self.job.output.prefix,
@@ -125,13 +135,13 @@ def prepare_job(job: JobConfig, staging: Path) -> PreparedJob:
     _check_room(job, checkpoint)
     inputs = open_inputs(job.input, Path("/"), staging)
     names = inputs.schema.names
+    check_prompt(job.prompt, names)
     return PreparedJob(
         job=job,
         checkpoint=checkpoint,
         inputs=inputs,
         sampling=sampling,
         passed_columns=_passed_columns(job, names),
-        prompt_columns=check_prompt(job.prompt, names),
         schema=output_schema(inputs.schema, job.output.prefix, job.output.columns),
     )
 
@@ -150,6 +160,8 @@ def _passed_columns(job: JobConfig, names: list[str]) -> tuple[str, ...]:
     if wanted is None:
         return tuple(names)
     for name in wanted:
+        if wanted.count(name) > 1:
+            raise JobFileError(f"output.columns names '{name}' twice; name each column once")
         if name not in names:
             raise JobFileError(
                 f"output.columns names '{name}', which the input does not have; it has "

@@ -8,8 +8,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from jobs.cluster import Resources, num_cores, shape_workers
 from jobs.config import JobConfig
-from jobs.ledger import Ledger, check_same_job
+from jobs.ledger import Ledger, check_output, check_same_job
 from jobs.plan import Estimate, choose_shard_rows, estimate
 from jobs.prepare import PreparedJob, prepared_for_now
 from jobs.status import read_status
@@ -98,6 +99,23 @@ def plan_job(job: JobConfig) -> JobPlan:
         )
 
 
+def check_can_run(job: JobConfig) -> None:
+    """Checks what only a run on this machine would find out; touches nothing.
+
+    Raises:
+        OutputError: the output folder cannot be used.
+        JobDiffersError: it was started with another job.
+        ResourceError: the job asks for GPUs that are not there.
+    """
+    output = Path(job.output.path)
+    check_output(output)
+    shape_workers(job.workers, Resources(num_cores(), torch.cuda.device_count()), num_shards=1)
+    if RunFolder(output).manifest.exists():
+        ledger = Ledger.open(output)
+        with prepared_for_now(job) as prepared:
+            check_same_job(ledger, prepared.manifest(ledger.manifest.files))
+
+
 def _memory(prepared: PreparedJob, longest: int) -> MemoryFit:
     need = estimate_footprint(prepared.checkpoint, prepared.job.model)
     cache = need.cache_per_token * longest * prepared.job.engine.batch_size
@@ -115,7 +133,7 @@ def _state(prepared: PreparedJob) -> str:
         return "a new run"
     ledger = Ledger.open(folder.root)
     try:
-        check_same_job(ledger, prepared.manifest())
+        check_same_job(ledger, prepared.manifest(ledger.manifest.files))
     except JobDiffersError as error:
         return f"refused: {error}"
     done = read_status(folder.root).totals.num_completions

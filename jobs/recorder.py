@@ -11,7 +11,7 @@ from jobs.ledger import Ledger
 from jobs.parts import PartInfo, roll_up
 from pipeline.outcome import ShardOutcome
 from pipeline.records import Shard
-from pipeline.segments import Totals, committed_infos
+from pipeline.segments import SegmentInfo, Totals, committed_infos
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,11 @@ class Recorder:
         self._state.add(outcome.commits)
         if outcome.is_complete and not self._state.is_complete(outcome.shard):
             # Completed by commits that no answer told of: their worker was lost right after.
-            self._state.add(committed_infos(self._ledger.folder, outcome.shard))
+            self._state.add(self._committed(outcome.shard))
         self._roll_up_ready_parts()
+
+    def _committed(self, shard: int) -> list[SegmentInfo]:
+        return committed_infos(self._ledger.folder, shard, self._ledger.manifest.fingerprint)
 
     def wait(self) -> None:
         """Waits for the roll-ups; raises what has gone wrong in them."""

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs import jsonl
+from jobs.content import content_digests
 from jobs.sources import Source
 from pipeline.errors import InputError
 from pipeline.publish import output_errors, sync_folder
-from pipeline.reader import unreadable
 
 ROW_GROUP_ROWS = 8192
-_HASH_BYTES = 1 << 20
-_HASH_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,27 +57,14 @@ def stage_jsonl(sources: Sequence[Source], limit: int | None, staging: Path) -> 
         InputError: a file cannot be read, or a line does not fit.
         OutputError: the staging folder cannot be written.
     """
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        hashes = list(pool.map(_size_and_digest, [source.path for source in sources]))
-    key = [[source.name, digest] for source, (_, digest) in zip(sources, hashes, strict=True)]
+    digests = content_digests([source.path for source in sources])
+    key = [[source.name, digest] for source, digest in zip(sources, digests, strict=True)]
     paths = stage_once(staging, ["jsonl", limit, key], lambda out: _convert(sources, limit, out))
     # With a limit, only the first sources have a file.
     return [
-        Staged(source.name, path, str(source.path), size, digest)
-        for source, path, (size, digest) in zip(sources, paths, hashes, strict=False)
+        Staged(source.name, path, str(source.path), source.path.stat().st_size, digest)
+        for source, path, digest in zip(sources, paths, digests, strict=False)
     ]
-
-
-def _size_and_digest(path: Path) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_HASH_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-    except OSError as error:
-        raise unreadable(str(path), error) from error
-    return size, digest.hexdigest()
 
 
 def _convert(sources: Sequence[Source], limit: int | None, out: Path) -> None:

@@ -20,7 +20,7 @@ class Status:
     Attributes:
         num_completions: output rows there are to be: rows times samples.
         totals: over what is committed.
-        is_complete: `_SUCCESS` is there.
+        is_complete: `_SUCCESS` and all parts are there.
         owner: the run that works on it now, or None.
     """
 
@@ -40,7 +40,8 @@ def read_status(folder: Path) -> Status:
     """Where the job of a run folder stands; takes no lock and writes nothing.
 
     Raises:
-        OutputError: it is no run folder.
+        InputError: it is no run folder.
+        OutputError: it is a newer Shardmill's.
         DamagedOutputError: a file of it is torn or foreign.
     """
     ledger = Ledger.open(folder)
@@ -56,7 +57,7 @@ def read_status(folder: Path) -> Status:
         totals=state.totals,
         num_parts=manifest.num_parts,
         num_parts_done=state.num_parts_done,
-        is_complete=ledger.folder.success.exists(),
+        is_complete=ledger.is_complete,
         owner=owner if owner is not None and owner.is_alive() else None,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import time
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-logger = logging.getLogger(__name__)
+from pipeline.errors import StoppedError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -28,23 +27,31 @@ class StopRequest:
         self._stop_file = stop_file
         self._max_walltime = max_walltime
         self._deadline = None if max_walltime is None else time.monotonic() + max_walltime
-        self._reason: str | None = None
+        self._signal: str | None = None
+        self._is_deferred = False
 
     def reason(self) -> str | None:
         """Why to stop, or None to go on."""
-        if self._reason is None:
-            if self._stop_file is not None and self._stop_file.exists():
-                self._reason = f"the stop file {self._stop_file} is there"
-            elif self._deadline is not None and time.monotonic() >= self._deadline:
-                self._reason = f"the wall time of {self._max_walltime:.0f} s is over"
-        return self._reason
+        if self._signal is not None:
+            return f"got {self._signal}"
+        if self._stop_file is not None and self._stop_file.exists():
+            return f"the stop file {self._stop_file} is there"
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return f"the wall time of {self._max_walltime:.0f} s is over"
+        return None
+
+    def check(self) -> None:
+        """Ends the run here if it shall stop; for the steps between which nothing is in flight.
+
+        Raises:
+            StoppedError: saying why.
+        """
+        if reason := self.reason():
+            raise StoppedError(f"stopped: {reason}; run the same command again to continue")
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the stop signals for as long as the block lasts.
-
-        Enter it after `ray.init`, which installs handlers of its own.
-        """
+        """Takes the stop signals for as long as the block lasts."""
         before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         try:
             yield
@@ -52,8 +59,22 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """In the block a first signal only sets the reason: workers have something to commit.
+
+        Outside of it, it ends the run at once.
+        """
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._reason is not None:
+        if self._signal is not None:
             # The user means it. Nothing committed can be lost, and Ray's processes end with us.
             os._exit(128 + number)
-        self._reason = f"got {signal.Signals(number).name}"
+        self._signal = signal.Signals(number).name
+        if not self._is_deferred:
+            self.check()

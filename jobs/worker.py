@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,8 @@ class WorkerSpec:
         run_folder: must be the same folder on every node.
         output_schema: of segments and parts.
         passed_columns: input columns that are passed through.
-        input_digests: by path, of input files as they were planned.
+        started: when the job was, for chat templates that print the date.
+        input_stamps: by path, of input files as they were planned.
     """
 
     prompt: PromptSettings
@@ -58,7 +60,8 @@ class WorkerSpec:
     fingerprint: str
     output_schema: pa.Schema
     passed_columns: tuple[str, ...]
-    input_digests: Mapping[str, str]
+    started: datetime
+    input_stamps: Mapping[str, str]
     num_threads: int
 
 
@@ -93,11 +96,11 @@ class Worker:
         spec = self._spec
         checkpoint = fetch(spec.model, local_files_only=True)
         model = load_model(checkpoint, spec.model, num_threads=spec.num_threads)
-        renderer = PromptRenderer(spec.prompt, model.tokenizer)
+        renderer = PromptRenderer(spec.prompt, model.tokenizer, now=spec.started)
         columns = tuple(dict.fromkeys((*spec.passed_columns, *renderer.columns)))
         self._runner = ShardRunner(
             engine=build_engine(model, spec.engine),
-            reader=ShardReader(columns, spec.input_digests),
+            reader=ShardReader(columns, spec.input_stamps),
             renderer=renderer,
             writer=SegmentWriter(
                 spec.run_folder,
@@ -113,9 +116,7 @@ class Worker:
         )
         return WorkerInfo(
             node=socket.gethostname(),
-            pid=os.getpid(),
             devices=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
-            load_seconds=model.load_seconds,
             model=model.summary,
             notes=model.notes,
         )

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import string
+from datetime import datetime
 from typing import Any
 
 from pipeline.errors import RowError
 
 Message = dict[str, Any]
+
+FIXED_CLOCK = """\
+{%- macro strftime_now(format) -%}
+{%- set clock = namespace(directive='') -%}
+{%- for character in format -%}
+{%- set clock.directive = clock.directive + character -%}
+{%- if clock.directive not in ('%', '%-') -%}
+{{ TABLE.get(clock.directive, clock.directive) }}{%- set clock.directive = '' -%}
+{%- endif -%}
+{%- endfor -%}
+{{ clock.directive }}
+{%- endmacro %}
+"""
+"""Walks over a format, character by character; `TABLE` has each directive's text."""
 
 
 def checked_messages(column: str, value: object) -> list[Message]:
@@ -52,3 +69,22 @@ def _text_part(index: int, part: object) -> str:
     if not isinstance(text, str):
         raise RowError("messages", f"message {index}: its content is not text")
     return text
+
+
+def with_fixed_clock(template: str, now: datetime) -> str:
+    """A chat template in which `strftime_now` formats a given moment.
+
+    A macro, since transformers lets no function of a caller into a template: it puts a placeholder
+    in its place.
+
+    Args:
+        template: as the model has it; one without `strftime_now` comes back as it is.
+        now: in the time zone that the template is to show.
+    """
+    if "strftime_now" not in template:
+        return template
+    letters = [flag + letter for flag in ("", "-") for letter in string.ascii_letters]
+    directives = [f"%{letter}" for letter in ("%", *letters)]
+    table = {directive: now.strftime(directive) for directive in directives}
+    # The line's end belongs to the macro's last tag, so that the template begins as before.
+    return FIXED_CLOCK.replace("TABLE", json.dumps(table)) + template

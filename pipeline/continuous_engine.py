@@ -16,6 +16,7 @@ import torch
 
 from pipeline.admission import failed, refusal
 from pipeline.batch import BROKEN, Batch, Picker
+from pipeline.errors import describe
 from pipeline.forward import Forward
 from pipeline.intake import Intake
 from pipeline.metrics import EngineMetrics
@@ -95,12 +96,6 @@ class ContinuousEngine:
             elif (row := self._intake.row_for(request)) is not None:
                 self._waiting.add(row)
 
-    def drop_waiting(self) -> None:
-        """Forgets requests that have not been started."""
-        for row in self._waiting.clear():
-            self._intake.forget(row)
-            self._num_open -= len(row.requests)
-
     def step(self) -> list[Completion]:
         """Admits what can be admitted, and gives each live row a token.
 
@@ -150,11 +145,11 @@ class ContinuousEngine:
         started = time.perf_counter()
         try:
             prefilled = self._prefiller.run(part)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except Exception as error:
             # After a failure of the device itself, nothing works in this process.
             if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
                 raise
-            message = str(error)
+            message = describe(error)
         else:
             self._welcome(part.rows, prefilled)
             seconds = time.perf_counter() - started

@@ -14,6 +14,7 @@ from pipeline.cache_support import unsupported
 from pipeline.continuous_engine import ContinuousEngine
 from pipeline.errors import ModelError
 from pipeline.model import Model
+from pipeline.padding import padding_problem
 from pipeline.records import Completion, Request
 from pipeline.settings import EngineSettings
 from pipeline.static_engine import StaticEngine
@@ -51,14 +52,13 @@ class Engine(Protocol):
     def step(self) -> list[Completion]:
         """Goes on with the work; returns what has finished since the last call, perhaps nothing."""
 
-    def drop_waiting(self) -> None:
-        """Forgets requests that have not been started."""
-
 
 def build_engine(
     model: Model, settings: EngineSettings, on_token: TokenListener = nobody_listens
 ) -> Engine:
     """The engine that the settings ask for; it tells `on_token` of every token.
+
+    A model whose answers padding would change gets one that pads nothing, whatever is asked for.
 
     Raises:
         ModelError: the continuous engine is asked for and cannot take the model.
@@ -68,6 +68,12 @@ def build_engine(
         raise ModelError(
             f"engine.kind is continuous, but {reason}: set engine.kind to auto or static"
         )
+    problem = padding_problem(model)
+    if problem:
+        logger.warning(
+            "taking the static engine with prompts of one length at a time, since %s", problem
+        )
+        return StaticEngine(model, settings.batch_size, on_token, equal_lengths=True)
     if settings.kind == "static" or reason:
         if settings.kind == "auto":
             logger.info("taking the static engine: %s", reason)

@@ -10,11 +10,11 @@ import threading
 from collections.abc import Iterable, Sequence
 
 from pipeline.engine import Engine
-from pipeline.records import Completion, Request
+from pipeline.records import Completion, Request, RequestId
 
 
 class Collector:
-    """The completions of one shard, as they come in.
+    """The completions of one attempt at a shard, as they come in.
 
     Args:
         num_expected: completions after which the collection is whole.
@@ -55,12 +55,6 @@ class Collector:
                 raise self._failure
             return self._has_ended()
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether every expected completion has come."""
-        with self._changed:
-            return self._num_missing == 0
-
     def take(self) -> list[Completion]:
         """What has come since the last call."""
         with self._changed:
@@ -82,33 +76,37 @@ class EngineThread:
         self.engine = engine
         self._changed = threading.Condition()
         self._inbox: list[Sequence[Request]] = []
-        self._collectors: dict[int, Collector] = {}
+        # By request and not by shard: what a dropped attempt has still in the engine must not
+        # reach the next attempt at the same shard, which may ask for other rows.
+        self._collectors: dict[RequestId, Collector] = {}
         self._failure: BaseException | None = None
         self._is_stopped = False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, shard: int, requests: Sequence[Request], collector: Collector) -> None:
-        """Queues the requests of one shard; their completions go to `collector`."""
+    def submit(self, requests: Sequence[Request], collector: Collector) -> None:
+        """Queues requests; the completion of each goes to `collector`, once."""
         with self._changed:
             if self._failure is not None:
                 raise self._failure
             if self._is_stopped:
                 collector.close()
-            self._collectors[shard] = collector
+            self._collectors |= dict.fromkeys((request.id for request in requests), collector)
             self._inbox.append(requests)
             self._changed.notify_all()
 
-    def forget(self, shard: int) -> None:
-        """Throws away what may still come for a shard."""
+    def forget(self, requests: Sequence[Request], collector: Collector) -> None:
+        """Throws away what may still come for a collector."""
         with self._changed:
-            self._collectors.pop(shard, None)
+            for request in requests:
+                if self._collectors.get(request.id) is collector:
+                    del self._collectors[request.id]
 
     def stop(self) -> None:
         """Ends the thread after the step it is in, and every wait at once."""
         with self._changed:
             self._is_stopped = True
-            for collector in self._collectors.values():
+            for collector in set(self._collectors.values()):
                 collector.close()
             self._changed.notify_all()
 
@@ -119,7 +117,7 @@ class EngineThread:
         except BaseException as failure:  # noqa: BLE001 - raised again by all who wait for it
             with self._changed:
                 self._failure = failure
-                for collector in self._collectors.values():
+                for collector in set(self._collectors.values()):
                     collector.fail(failure)
 
     def _admit(self) -> bool:
@@ -137,11 +135,11 @@ class EngineThread:
         return self.engine.num_waiting + self.engine.num_running > 0
 
     def _deliver(self, completions: Sequence[Completion]) -> None:
-        by_shard: dict[int, list[Completion]] = {}
-        for completion in completions:
-            by_shard.setdefault(completion.id.shard, []).append(completion)
+        by_collector: dict[Collector, list[Completion]] = {}
         with self._changed:
-            collectors = dict(self._collectors)
-        for shard, finished in by_shard.items():
-            if shard in collectors:
-                collectors[shard].put(finished)
+            for completion in completions:
+                collector = self._collectors.pop(completion.id, None)
+                if collector is not None:
+                    by_collector.setdefault(collector, []).append(completion)
+        for collector, finished in by_collector.items():
+            collector.put(finished)

@@ -108,3 +108,18 @@ class RowError(Exception):
 
 class SupersededError(Exception):
     """The commit number of this attempt is taken: another attempt got there first."""
+
+
+SENTENCE_ERRORS = (OSError, ValueError, ImportError, RuntimeError)
+"""Libraries raise exactly these with a text for people; of others it says little by itself."""
+MAX_ERROR_CHARACTERS = 600
+
+
+def describe(error: BaseException) -> str:
+    """An exception of a library in one line, with its type where the text says little."""
+    text = " ".join(str(error).split())
+    if len(text) > MAX_ERROR_CHARACTERS:
+        text = f"{text[:MAX_ERROR_CHARACTERS]}…"
+    if type(error) in SENTENCE_ERRORS and " " in text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

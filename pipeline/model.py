@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,8 +26,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import ModelError, ResourceError
+from pipeline.errors import ModelError, ResourceError, ShardmillError, describe
 from pipeline.quantization import quantization_config, quiet_bitsandbytes
+from pipeline.room import is_out_of_memory
 from pipeline.settings import ModelSettings
 from pipeline.special_tokens import eos_ids_of, pad_id_of, vocabulary_of
 from pipeline.stopping import Vocabulary
@@ -127,7 +127,8 @@ def load_model(
         _check_causal(checkpoint, config)
         model = _load_weights(checkpoint, settings, config)
     tokenizer = load_tokenizer(checkpoint, settings)
-    return _assemble(checkpoint, settings, model, tokenizer, time.perf_counter() - started)
+    with _loading(checkpoint):
+        return _assemble(checkpoint, settings, model, tokenizer, time.perf_counter() - started)
 
 
 def load_tokenizer(checkpoint: Checkpoint, settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -148,10 +149,15 @@ def _loading(checkpoint: Checkpoint) -> Iterator[None]:
     """Turns what the libraries raise over a model's files into a sentence."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(_too_big(checkpoint)) from error
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model {checkpoint.source!r} cannot be loaded: {error}") from error
+    except ShardmillError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise ResourceError(_too_big(checkpoint)) from error
+        # Broken files lead to anything: the tokenizers raise a bare Exception.
+        raise ModelError(
+            f"model {checkpoint.source!r} cannot be loaded: {describe(error)}"
+        ) from error
 
 
 def _source_options(settings: ModelSettings) -> dict[str, Any]:
@@ -222,7 +228,7 @@ def _assemble(
 ) -> Model:
     embeddings: Any = model.get_input_embeddings()
     num_embeddings = int(embeddings.weight.shape[0])
-    eos_ids = eos_ids_of(model.generation_config, tokenizer)
+    eos_ids = _checked_ends(checkpoint, eos_ids_of(model.generation_config, tokenizer))
     pad_id, notes = pad_id_of(checkpoint.source, tokenizer, eos_ids, num_embeddings)
     notes += _unsupported(checkpoint)
     for note in notes:
@@ -248,6 +254,20 @@ def _assemble(
     )
 
 
+def _checked_ends(checkpoint: Checkpoint, eos_ids: frozenset[int]) -> frozenset[int]:
+    """Without negative ones, which stand for none.
+
+    What is no number would never be met: each row would run to its limit.
+    """
+    wrong = [number for number in eos_ids if type(number) is not int]
+    if wrong:
+        raise ModelError(
+            f"model {checkpoint.source!r} has end-of-sequence token {wrong[0]!r}: correct "
+            "eos_token_id in its generation_config.json or config.json to a token id."
+        )
+    return frozenset(number for number in eos_ids if number >= 0)
+
+
 def _unsupported(checkpoint: Checkpoint) -> list[str]:
     defaults = checkpoint.generation_defaults
     asked = [name for name in UNSUPPORTED_GENERATION if defaults.get(name) not in NEUTRAL_VALUES]
@@ -257,6 +277,11 @@ def _unsupported(checkpoint: Checkpoint) -> list[str]:
 
 
 def _too_big(checkpoint: Checkpoint) -> str:
+    if not torch.cuda.is_available():
+        return (
+            f"model {checkpoint.source!r} does not fit into this machine's memory: lower "
+            "workers.count, or set model.quantization."
+        )
     return (
         f"model {checkpoint.source!r} does not fit into the memory of "
         f"{torch.cuda.device_count()} GPU(s): raise workers.gpus_per_worker, or set "

@@ -5,9 +5,9 @@ Apart from `shard_runner`, so that the driver can read it without importing torc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from pipeline.segments import SegmentInfo
+from pipeline.segments import SegmentInfo, Totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,16 @@ class ShardOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a worker is; every count only grows."""
+    """How far a worker is; every number only grows, but for `interim`.
 
-    num_prompt_tokens: int
-    num_generated_tokens: int
-    num_commits: int
+    Attributes:
+        interim: what it has committed of shards that it has not answered for yet.
+    """
+
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_commits: int = 0
+    interim: Totals = field(default_factory=Totals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +43,12 @@ class WorkerInfo:
     """A worker that is ready.
 
     Attributes:
+        devices: its `CUDA_VISIBLE_DEVICES`; empty without a GPU.
         model: one line about the loaded model: size, type, device.
         notes: what a user should know about how it was loaded.
     """
 
     node: str
-    pid: int
     devices: str
-    load_seconds: float
     model: str
     notes: tuple[str, ...]

@@ -6,10 +6,11 @@ Knows rows as plain Python values; knows neither files nor models, only the mode
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from difflib import get_close_matches
 from typing import Any, Protocol
 
-from pipeline.chat import Message, checked_messages
+from pipeline.chat import Message, checked_messages, with_fixed_clock
 from pipeline.errors import JobFileError, ModelError, RowError
 from pipeline.settings import PromptSettings
 from pipeline.template import Template
@@ -31,9 +32,14 @@ class Tokenizer(Protocol):
         """The chat template; ValueError where there is none."""
 
     def apply_chat_template(
-        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool
+        self,
+        conversation: Any,
+        *,
+        chat_template: str,
+        tokenize: bool,
+        add_generation_prompt: bool,
     ) -> Any:
-        """The conversation as one text."""
+        """The conversation as one text, through this chat template."""
 
 
 def check_prompt(settings: PromptSettings, columns: Sequence[str]) -> tuple[str, ...]:
@@ -85,6 +91,8 @@ class PromptRenderer:
     Args:
         settings: checked by `check_prompt`.
         tokenizer: the model's.
+        now: the moment that `strftime_now` of a chat template formats, so that a job's prompts
+            stay the same from run to run; None is the moment of the call.
 
     Raises:
         ModelError: a chat template is needed and the tokenizer has none, or it takes no system
@@ -96,13 +104,17 @@ class PromptRenderer:
     Its methods may be called from several threads.
     """
 
-    def __init__(self, settings: PromptSettings, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, settings: PromptSettings, tokenizer: Tokenizer, now: datetime | None = None
+    ) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
         self._template = _template(settings)
         self.columns = _columns(settings, self._template)
+        self._chat_template = ""
         if settings.uses_chat_template:
-            _check_chat_template(tokenizer, settings.system)
+            self._chat_template = _chat_template(tokenizer, now)
+            _check_system(tokenizer, self._chat_template, settings.system)
 
     def render(self, row: Row) -> str:
         """The text that the tokenizer gets.
@@ -120,7 +132,7 @@ class PromptRenderer:
         """Token ids of one rendered prompt, at least one.
 
         Raises:
-            RowError: `empty` or `tokenizer`.
+            RowError: `empty_prompt` or `tokenizer`.
         """
         ids = self._ids_or_errors([text])[0]
         if isinstance(ids, RowError):
@@ -187,29 +199,36 @@ class PromptRenderer:
 
     def _apply_chat_template(self, messages: list[Message]) -> str:
         try:
-            return _apply(self._tokenizer, messages)
+            return _apply(self._tokenizer, self._chat_template, messages)
         # A chat template comes with the model and may raise anything.
         except Exception as error:
             raise RowError("template", f"the model's chat template: {error}") from error
 
 
-def _apply(tokenizer: Tokenizer, messages: list[Message]) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+def _apply(tokenizer: Tokenizer, chat_template: str, messages: list[Message]) -> str:
+    text = tokenizer.apply_chat_template(
+        messages, chat_template=chat_template, tokenize=False, add_generation_prompt=True
+    )
+    return str(text)
 
 
-def _check_chat_template(tokenizer: Tokenizer, system: str | None) -> None:
+def _chat_template(tokenizer: Tokenizer, now: datetime | None) -> str:
     try:
-        tokenizer.get_chat_template()
+        template = tokenizer.get_chat_template()
     except ValueError as error:
         raise ModelError(
             "The model's tokenizer has no (default) chat template, which prompt.chat_template and "
             "prompt.messages need: use prompt.template alone, or a chat model."
         ) from error
+    return template if now is None else with_fixed_clock(template, now)
+
+
+def _check_system(tokenizer: Tokenizer, chat_template: str, system: str | None) -> None:
     if system is None:
         return
     probe = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
     try:
-        _apply(tokenizer, probe)
+        _apply(tokenizer, chat_template, probe)
     except Exception as error:
         raise ModelError(
             f"The model's chat template takes no system prompt ({error}): leave out prompt.system "

@@ -6,7 +6,6 @@ batch, however large a row group is.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -34,12 +33,10 @@ class Footer:
 
     Attributes:
         size: of the file, in bytes.
-        digest: sha256 of size and footer, so of row groups, offsets and statistics too.
         metadata: as pyarrow parses it; large for a file of many columns, so not for keeping.
     """
 
     size: int
-    digest: str
     metadata: pq.FileMetaData
 
 
@@ -55,7 +52,20 @@ def read_footer(path: str) -> Footer:
         metadata = pq.read_metadata(pa.BufferReader(tail))
     except _ARROW_ERRORS as error:
         raise unreadable(path, error) from error
-    return Footer(size, hashlib.sha256(b"%d " % size + tail).hexdigest(), metadata)
+    return Footer(size, metadata)
+
+
+def file_stamp(path: str) -> str:
+    """Size and time of the last change: if equal, the file was not written to in between.
+
+    Raises:
+        InputError: the file is missing or unreadable.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return f"{status.st_size} bytes, changed {status.st_mtime_ns}"
 
 
 def unreadable(path: str, error: Exception) -> InputError:
@@ -93,15 +103,15 @@ class ShardReader:
 
     Args:
         columns: names of the columns to read, in the order wanted; None is all, in file order.
-        digests: by path, the `Footer.digest` of each file when the job was planned; a path
-            that is not in it is not checked.
+        stamps: by path, the `file_stamp` of each file when the job was planned; a path that is
+            not in it is not checked.
     """
 
     def __init__(
-        self, columns: Sequence[str] | None = None, digests: Mapping[str, str] | None = None
+        self, columns: Sequence[str] | None = None, stamps: Mapping[str, str] | None = None
     ) -> None:
         self._columns = None if columns is None else list(columns)
-        self._digests = digests or {}
+        self._stamps = stamps or {}
         self._cursors: OrderedDict[str, _Cursor] = OrderedDict()
 
     def read(self, shard: Shard) -> pa.Table:
@@ -112,7 +122,7 @@ class ShardReader:
         """
         cursor = self._cursors.pop(shard.path, None)
         if cursor is None:
-            cursor = _Cursor(shard.path, self._columns, self._digests.get(shard.path))
+            cursor = _Cursor(shard.path, self._columns, self._stamps.get(shard.path))
         table = cursor.read(shard.first_row, shard.num_rows)
         # Put back only now, as the newest: a cursor that raised is of no more use.
         self._cursors[shard.path] = cursor
@@ -129,9 +139,9 @@ class ShardReader:
 class _Cursor:
     """One open file, and the row reached in it."""
 
-    def __init__(self, path: str, columns: list[str] | None, digest: str | None) -> None:
+    def __init__(self, path: str, columns: list[str] | None, stamp: str | None) -> None:
         footer = read_footer(path)
-        if digest not in (None, footer.digest):
+        if stamp not in (None, file_stamp(path)):
             raise InputError(
                 f"{path} has changed since the job was planned: put the old file back, or start "
                 "the job again in a new folder."

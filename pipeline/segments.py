@@ -152,11 +152,17 @@ def facts_of(file: pq.ParquetFile) -> bytes:
     return bytes((file.metadata.metadata or {}).get(FACTS_KEY.encode(), b""))
 
 
-def read_info(path: Path) -> SegmentInfo:
+def read_info(path: Path, fingerprint: str) -> SegmentInfo:
     """What the segment at `path` says about itself; only its footer is read.
 
+    Args:
+        path: the segment.
+        fingerprint: of the job that it should be of. A worker of the job before `--fresh` that
+            wakes up late writes into the new folder, under names that are free there.
+
     Raises:
-        DamagedOutputError: it is torn, not a segment, or its name or length contradicts its footer.
+        DamagedOutputError: it is torn, not a segment, another job's, or its name or length
+            contradicts its footer.
         FileNotFoundError: it is not there.
     """
     with open_parquet(path) as file, reading(path):
@@ -165,13 +171,21 @@ def read_info(path: Path) -> SegmentInfo:
             raise pa.ArrowInvalid(f"its footer says shard {info.shard}, commit {info.commit}")
         if file.metadata.num_rows != info.num_completions:
             raise pa.ArrowInvalid(f"it holds {file.metadata.num_rows} rows")
+    if info.fingerprint != fingerprint:
+        raise DamagedOutputError(
+            f"'{path}' was written by another job; move it away and run the same command again"
+        )
     return info
 
 
-def committed_infos(folder: RunFolder, shard: int) -> list[SegmentInfo]:
-    """The commits of one shard, read anew; [] if there are none."""
+def committed_infos(folder: RunFolder, shard: int, fingerprint: str) -> list[SegmentInfo]:
+    """The commits of one shard, read anew; [] if there are none.
+
+    Raises:
+        DamagedOutputError: one of them is torn, or not of the job with this fingerprint.
+    """
     return [
-        read_info(folder.segments / segment_name(shard, commit))
+        read_info(folder.segments / segment_name(shard, commit), fingerprint)
         for commit in range(count_commits(folder, shard))
     ]
 

@@ -23,7 +23,7 @@ from pipeline.prompts import PromptRenderer
 from pipeline.reader import ShardReader, plain_rows
 from pipeline.records import Completion, FinishReason, Request, RequestId, Sampling, Shard
 from pipeline.sampling import random_key
-from pipeline.segments import SegmentInfo, committed_infos, missing_positions
+from pipeline.segments import SegmentInfo, Totals, as_ranges, committed_infos, missing_positions
 from pipeline.writer import SegmentWriter
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ class ShardRunner:
         self._num_samples = num_samples
         self._passed_columns = list(passed_columns)
         self._num_commits = 0
+        # What attempts that go on have committed; replaced whole, so that others may read it.
+        self._interim: dict[int, Totals] = {}
 
     def run(self, shard: Shard) -> ShardOutcome:
         """Generates and commits what the shard still lacks.
@@ -70,7 +72,7 @@ class ShardRunner:
         Blocks until the shard is complete, or `drain` is called, or another attempt turns out to
         have committed.
         """
-        earlier = committed_infos(self._writer.folder, shard.index)
+        earlier = committed_infos(self._writer.folder, shard.index, self._writer.fingerprint)
         missing = missing_positions(earlier, shard.num_rows * self._num_samples)
         if not missing:
             return ShardOutcome(shard.index, (), is_complete=True)
@@ -79,7 +81,7 @@ class ShardRunner:
         collector = Collector(len(missing))
         requests, failed = self._render(shard, table, missing)
         collector.put(failed)
-        self._engine.submit(shard.index, requests, collector)
+        self._engine.submit(requests, collector)
         commits: list[SegmentInfo] = []
         passed = table.select(self._passed_columns)
         try:
@@ -87,12 +89,16 @@ class ShardRunner:
                 commit = len(earlier) + len(commits)
                 commits.append(self._writer.write(shard, passed, finished, commit))
                 self._num_commits += 1
+                totals = sum((info.totals for info in commits), Totals())
+                self._interim = {**self._interim, shard.index: totals}
         except SupersededError:
             logger.info("shard %d: another attempt has committed; this one is dropped", shard.index)
             return ShardOutcome(shard.index, tuple(commits), is_complete=False)
         finally:
-            self._engine.forget(shard.index)
-        return ShardOutcome(shard.index, tuple(commits), collector.is_whole)
+            self._engine.forget(requests, collector)
+            self._interim = {k: v for k, v in self._interim.items() if k != shard.index}
+        num_committed = sum(info.num_completions for info in commits)
+        return ShardOutcome(shard.index, tuple(commits), num_committed == len(missing))
 
     def drain(self) -> None:
         """Starts nothing more; every `run` commits what is finished and returns."""
@@ -101,7 +107,19 @@ class ShardRunner:
     def progress(self) -> Progress:
         """The counts so far; callable from any thread, also during a step."""
         engine = self._engine.engine
-        return Progress(engine.num_prompt_tokens, engine.num_generated_tokens, self._num_commits)
+        return Progress(
+            engine.num_prompt_tokens,
+            engine.num_generated_tokens,
+            self._num_commits,
+            sum(self._interim.values(), Totals()),
+        )
+
+    def _values(self, table: pa.Table, rows: Sequence[int]) -> list[dict[str, object] | RowError]:
+        """What the prompts of these rows are made of."""
+        chosen = table.select(list(self._renderer.columns))
+        # Slices and not `take`, which knows no string views.
+        pieces = [chosen.slice(first, end - first) for first, end in as_ranges(rows)]
+        return [row for piece in pieces for row in plain_rows(piece, self._renderer.columns)]
 
     def _finished(self, collector: Collector) -> Iterator[list[Completion]]:
         """What there is to commit: every `COMMIT_INTERVAL`, and at the end."""
@@ -117,7 +135,7 @@ class ShardRunner:
     ) -> tuple[list[Request], list[Completion]]:
         """Requests for the missing positions, and completions for those that cannot be asked."""
         rows = sorted({position // self._num_samples for position in missing})
-        values = plain_rows(table.take(rows), self._renderer.columns)
+        values = self._values(table, rows)
         prompts = dict(zip(rows, self._renderer.encode(values), strict=True))
         requests: list[Request] = []
         failed: list[Completion] = []

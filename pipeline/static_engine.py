@@ -22,7 +22,9 @@ from transformers import (
 )
 
 from pipeline.admission import failed, refusal
+from pipeline.errors import describe
 from pipeline.model import Model
+from pipeline.padding import pad_left
 from pipeline.records import Completion, Request
 from pipeline.room import is_out_of_memory
 from pipeline.sampling import Sampler
@@ -38,6 +40,7 @@ class StaticEngine:
         model: the loaded model.
         batch_size: most rows of a batch.
         on_token: told of each row after each of its tokens.
+        equal_lengths: batches only prompts of one length, for models that padding confuses.
 
     Attributes:
         max_tokens: most tokens of a batch, padding and `max_new_tokens` included; None until
@@ -46,7 +49,11 @@ class StaticEngine:
     """
 
     def __init__(
-        self, model: Model, batch_size: int, on_token: TokenListener = nobody_listens
+        self,
+        model: Model,
+        batch_size: int,
+        on_token: TokenListener = nobody_listens,
+        equal_lengths: bool = False,
     ) -> None:
         self.on_token = on_token
         self.num_running = 0
@@ -54,6 +61,7 @@ class StaticEngine:
         self.num_generated_tokens = 0
         self.max_tokens: int | None = None
         self._batch_size = batch_size
+        self._equal_lengths = equal_lengths
         self._model = model
         self._vocabulary = model.vocabulary
         self._arrived: list[Request] = []
@@ -75,11 +83,6 @@ class StaticEngine:
             else:
                 self._refused.append(failed(request, error))
 
-    def drop_waiting(self) -> None:
-        """Forgets requests that have not been started."""
-        self._arrived.clear()
-        self._run.clear()
-
     def step(self) -> list[Completion]:
         """Generates one batch, or finds that it must be a smaller one and returns nothing."""
         refused, self._refused = self._refused, []
@@ -97,7 +100,7 @@ class StaticEngine:
             self.num_running = 0
 
     def _next_batch(self) -> list[Request]:
-        """The next rows of one `max_new_tokens`.
+        """The next rows of one `max_new_tokens`, and where asked for of one length.
 
         A row that had to go on beyond its own might leave the model's table of positions.
         """
@@ -106,20 +109,28 @@ class StaticEngine:
         if self._run and self.max_tokens is not None:
             max_rows = min(max_rows, max(1, self.max_tokens // _num_tokens(self._run[0])))
         while self._run and len(batch) < max_rows:
-            if batch and self._run[0].sampling.max_new_tokens != batch[0].sampling.max_new_tokens:
+            if batch and not self._go_together(batch[0], self._run[0]):
                 break
             batch.append(self._run.popleft())
         return batch
 
+    def _go_together(self, one: Request, other: Request) -> bool:
+        if one.sampling.max_new_tokens != other.sampling.max_new_tokens:
+            return False
+        return not self._equal_lengths or len(one.prompt_ids) == len(other.prompt_ids)
+
     def _generate(self, batch: list[Request]) -> list[Completion]:
         try:
             return self._attempt(batch)
-        except (RuntimeError, MemoryError) as error:
+        except _ListenerError as error:
+            raise error.cause from None
+        except Exception as error:
+            # Models raise anything over an odd row, and it costs that row.
             no_memory = is_out_of_memory(error)
             # After any other failure of the device itself, nothing works in this process.
             if isinstance(error, torch.AcceleratorError) and not no_memory:
                 raise
-            message = str(error)
+            message = describe(error)
         # Only here, where the exception and the tensors its frames hold are gone.
         if no_memory:
             return self._shrink(batch)
@@ -146,7 +157,8 @@ class StaticEngine:
 
     def _attempt(self, batch: list[Request]) -> list[Completion]:
         rows = [Generated(request, self._stops_of(request), self._vocabulary) for request in batch]
-        input_ids, attention_mask = self._pad(batch)
+        prompts = [request.prompt_ids for request in batch]
+        input_ids, attention_mask = pad_left(prompts, self._model.pad_id, self._model.device)
         picker = _Picker(Sampler(batch, input_ids.device), attention_mask)
         generate: Any = self._model.model.generate
         generate(
@@ -157,17 +169,6 @@ class StaticEngine:
             stopping_criteria=StoppingCriteriaList([_Watcher(self, rows, picker)]),
         )
         return [row.completion for row in rows if row.completion is not None]
-
-    def _pad(self, batch: Sequence[Request]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask, both (rows, longest prompt) int64, padded on the left."""
-        width = max(len(request.prompt_ids) for request in batch)
-        ids, mask = [], []
-        for request in batch:
-            num_padding = width - len(request.prompt_ids)
-            ids.append([self._model.pad_id] * num_padding + list(request.prompt_ids))
-            mask.append([0] * num_padding + [1] * len(request.prompt_ids))
-        device = self._model.device
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
     def _config(self, max_new_tokens: int) -> GenerationConfig:
         """Greedy and without an end-of-sequence token: picker and watcher see to both."""
@@ -241,9 +242,23 @@ class _Watcher(StoppingCriteria):
                 row.fail("nan: the model's output is not a number")
             else:
                 row.add(token)
-            self._engine.on_token(row)
+            self._tell(row)
         has_ended = [row.completion is not None for row in self._rows]
         return torch.tensor(has_ended, device=input_ids.device)
+
+    def _tell(self, row: Generated) -> None:
+        try:
+            self._engine.on_token(row)
+        except Exception as error:
+            raise _ListenerError(error) from error
+
+
+class _ListenerError(Exception):
+    """What `on_token` raised: no row is to blame, so it must not become a row's error."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(cause)
+        self.cause = cause
 
 
 def _num_tokens(request: Request) -> int:

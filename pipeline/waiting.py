@@ -88,13 +88,6 @@ class Waiting:
                 row.number = next(self._numbers)
         return rows
 
-    def clear(self) -> list[Row]:
-        """Removes and returns all rows."""
-        rows = [*self._run, *self._arrived]
-        self._run.clear()
-        self._arrived.clear()
-        return rows
-
     def _start_run(self) -> None:
         num_rows = min(self._num_lookahead, len(self._arrived))
         run = [self._arrived.popleft() for _ in range(num_rows)]

@@ -112,7 +112,7 @@ class SegmentWriter:
         worker: str,
     ) -> None:
         self.folder = RunFolder(run_folder)
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._schema = schema
         self._num_samples = num_samples
         self._worker = worker
@@ -152,7 +152,7 @@ class SegmentWriter:
         return SegmentInfo(
             shard=shard.index,
             commit=commit,
-            fingerprint=self._fingerprint,
+            fingerprint=self.fingerprint,
             first_row=shard.first_row,
             num_rows=shard.num_rows,
             ranges=tuple(as_ranges(positions)),

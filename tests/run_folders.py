@@ -25,6 +25,7 @@ def make_manifest(folder: Path, rows: Sequence[int], **changes: object) -> Manif
     prefix = str(changes.get("output_prefix", ""))
     values: dict[str, object] = {
         "shardmill_version": "0",
+        "versions": {},
         "created": "2026-01-01T00:00:00+00:00",
         "job": {"name": "test"},
         "fingerprint": "f1",
@@ -46,7 +47,7 @@ def _input_file(folder: Path, index: int, num_rows: int) -> PlannedFile:
         pq.write_table(_input_rows(0, num_rows), path)
     size = path.stat().st_size
     return PlannedFile(
-        name=path.name, path=str(path), size=size, digest=f"d{index}", num_rows=num_rows
+        name=path.name, path=str(path), size=size, stamp="", digest=f"d{index}", num_rows=num_rows
     )
 
 
@@ -93,13 +94,17 @@ class SmallJob:
             num_samples=manifest.num_samples,
             worker="worker-0",
         )
-        infos = committed_infos(self.folder, shard)
+        infos = self.infos(shard)
         if positions is None:
             positions = missing_positions(infos, manifest.shard_completions(shard))
         unit = manifest.shard(shard)
         completions = [make_completion(unit, *divmod(p, manifest.num_samples)) for p in positions]
         table = _input_rows(unit.first_row, unit.num_rows)
         return writer.write(unit, table, completions, len(infos) if commit is None else commit)
+
+    def infos(self, shard: int) -> list[SegmentInfo]:
+        """The commits of a shard, read anew."""
+        return committed_infos(self.folder, shard, self.manifest.fingerprint)
 
     def commit_all(self) -> None:
         """Commits what is missing everywhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -25,6 +26,8 @@ def shardmill(
 
     def call(*arguments: object) -> Result:
         monkeypatch.setattr("sys.argv", ["shardmill", *map(str, arguments)])
+        # The handlers that a command adds go with its process; here they would stay.
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
         with pytest.raises(SystemExit) as raised:
             main()
         out, err = capsys.readouterr()
@@ -238,7 +241,7 @@ def test_a_folder_without_a_run_is_refused(
 ) -> None:
     """Asking about the wrong folder is no traceback."""
     result = shardmill(command, tmp_path)
-    assert result.code == 73
+    assert result.code == 65
     assert str(tmp_path) in result.stderr
 
 

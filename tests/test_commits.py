@@ -14,10 +14,11 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from jobs.ledger import set_aside
 from jobs.parts import finish, roll_up
 from jobs.verify import verify
-from pipeline.errors import SupersededError
-from pipeline.segments import committed_infos, missing_positions
+from pipeline.errors import DamagedOutputError, SupersededError
+from pipeline.segments import missing_positions, segment_name
 from tests.run_folders import SmallJob
 
 SYSTEM_CALLS = ("fsync", "link", "unlink", "replace")
@@ -48,7 +49,7 @@ class Mortal:
 def _run(folder: Path) -> SmallJob:
     """A whole run, in several commits a shard."""
     job = SmallJob(folder, rows=(4,))
-    if not committed_infos(job.folder, 0) and not list(job.path.glob("part-*")):
+    if not job.infos(0) and not list(job.path.glob("part-*")):
         job.commit(0, [1])
     job.finish()
     return job
@@ -89,17 +90,41 @@ def test_zombie_cannot_double_rows(tmp_path: Path) -> None:
     assert job.output() == job.expected()
 
 
-def test_zombie_after_the_roll_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_zombie_after_the_roll_up(tmp_path: Path, number: int, is_finished: bool) -> None:
     """Once its shard is in a part, a zombie may publish: nobody reads it, and it is swept."""
     job = SmallJob(tmp_path)
-    job.commit(0)
+    job.commit(0, [0])
+    job.commit(0, [1])
+    job.commit(0, [2])
     job.commit(1)
-    roll_up(job.folder, job.manifest, 0)
-    job.commit(0, [2], commit=0)
-    assert verify(job.path).damage == []
+    if is_finished:
+        job.finish()
+    else:
+        roll_up(job.folder, job.manifest, 0)
+    job.commit(0, [2], commit=number)
+    report = verify(job.path)
+    assert report.state == ("complete" if is_finished else "incomplete")
+    assert ["in a part (1)" in note for note in report.notes] == [True]
     job.finish()
     assert job.output() == job.expected()
     assert list(job.folder.segments.iterdir()) == []
+
+
+def test_zombie_of_the_job_before_fresh(tmp_path: Path) -> None:
+    """A worker of the old job fills a name in the new folder: nobody takes its rows for ours."""
+    old = SmallJob(tmp_path, fingerprint="f0")
+    set_aside(old.path)
+    job = SmallJob(tmp_path)
+    old.commit(0, [0])
+    for read in (job.commit, lambda _: job.ledger.scan()):
+        with pytest.raises(DamagedOutputError, match=rf"{segment_name(0, 0)}.*another job"):
+            read(0)
+    assert [segment_name(0, 0) in line for line in verify(job.path).damage] == [True]
+    (job.folder.segments / segment_name(0, 0)).unlink()
+    job.finish()
+    assert job.output() == job.expected()
 
 
 class Runs(RuleBasedStateMachine):
@@ -131,7 +156,7 @@ class Runs(RuleBasedStateMachine):
         pending = list(self.state.pending())
         if pending:
             shard = pending[number % len(pending)]
-            infos = committed_infos(self.job.folder, shard)
+            infos = self.job.infos(shard)
             total = self.job.manifest.shard_completions(shard)
             self.attempts.append((shard, len(infos), missing_positions(infos, total)))
 

@@ -107,7 +107,7 @@ def test_texts_need_no_second_quotes(job_file: Path, override: str, value: str) 
         ("generation.max_new_tokens", "must look like block.setting=value"),
         ("generation.max_token=1", "did you mean 'generation.max_new_tokens'?"),
         ("name.first=x", "'name' is no block of settings"),
-        ("generation.stop=[", "'generation.stop' must be a valid tuple, got '['"),
+        ("generation.stop=[", "'generation.stop' must be a list, got '['"),
     ],
 )
 def test_wrong_overrides_are_refused(job_file: Path, override: str, words: str) -> None:
@@ -174,7 +174,10 @@ def test_prompts_need_one_source(job_file: Path) -> None:
     assert "'prompt' needs exactly one of 'template' and 'messages'" in message
 
 
-@pytest.mark.parametrize(("limit", "allowed"), [(0, 0), (5, 5), (0.1, 11), (0.0, 0), (0.5, 51)])
+@pytest.mark.parametrize(
+    ("limit", "allowed"),
+    [(0, 0), (5, 5), (1, 1), (0.1, 11), (0.0, 0), (0.5, 51), (1.0, 101)],
+)
 def test_the_failure_budget_is_a_count_or_a_share(limit: float, allowed: int) -> None:
     """A whole number counts rows, a fraction is of all rows and rounded up."""
     assert FailureSettings(max_failed_rows=limit).allowed(101) == allowed

@@ -213,20 +213,6 @@ def test_refused_requests_come_back_and_counts_add_up(model: Model) -> None:
     assert engine.step() == []
 
 
-def test_dropped_requests_do_not_come_back(model: Model) -> None:
-    """Those that run are finished; an equal one may be added again."""
-    requests = varied(9)
-    engine = ContinuousEngine(model, num_slots=2)
-    engine.add(requests)
-    completions = engine.step()
-    num_started = engine.num_running + len(completions)
-    engine.drop_waiting()
-    assert engine.num_waiting == 0
-    completions += drain(engine)
-    assert len(completions) == num_started < 9
-    assert len(answers(engine, requests)) == 9
-
-
 def test_slots_are_refilled_in_groups(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not before an eighth of them is free, so that prefill is no stream of single rows."""
     group_sizes: list[int] = []

@@ -119,7 +119,7 @@ def failing_prefill(token: int, error: Callable[[], Exception]) -> Callable[...,
     return raising
 
 
-@pytest.mark.parametrize("error", [RuntimeError("odd"), IndexError("odd"), ValueError("odd")])
+@pytest.mark.parametrize("error", [RuntimeError("odd"), IndexError("odd"), TypeError("odd")])
 def test_a_prompt_that_raises_costs_one_row(
     model: Model, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -129,7 +129,7 @@ def test_a_prompt_that_raises_costs_one_row(
     culprit = request(8, [90, *random_prompt(chance, 2)])
     monkeypatch.setattr(Forward, "prefill", failing_prefill(90, lambda: error))
     completions = answers(ContinuousEngine(model, num_slots=9), [*requests, culprit])
-    assert completions[-1].error == "generate: odd"
+    assert completions[-1].error == f"generate: {type(error).__name__}: odd"
     assert texts(completions[:-1]) == [spell(alone(model, one)) for one in requests]
 
 

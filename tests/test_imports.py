@@ -21,6 +21,7 @@ TORCH_FILES = {
     "pipeline/batch.py",
     "pipeline/cache_support.py",
     "pipeline/forward.py",
+    "pipeline/padding.py",
     "pipeline/prefill.py",
     "pipeline/room.py",
     "pipeline/slot_layer.py",

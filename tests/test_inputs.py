@@ -1,5 +1,7 @@
 """The `input` block becomes checked Parquet files."""
 
+import hashlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from jobs.inputs import Inputs, InputSettings, open_inputs
+from jobs.inputs import Inputs, InputSettings, open_inputs, with_digests
+from jobs.manifest import PlannedFile
 from pipeline.errors import InputError
 from pipeline.reader import ShardReader
 from pipeline.records import Shard
@@ -18,7 +21,7 @@ from pipeline.records import Shard
 
 def _write(path: Path, **columns: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path)
+    pq.write_table(pa.table(columns), path, compression="none")
     return path
 
 
@@ -60,22 +63,35 @@ def test_parquet_files_are_described(tmp_path: Path) -> None:
 
 
 def test_digest_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
-    """A copy is the same input; other values of the same size are not."""
+    """A copy is the same input; other values of the same size are not, even uncompressed."""
     path = _write(tmp_path / "a/x.parquet", q=["one", "two"])
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     _write(tmp_path / "c/x.parquet", q=["one", "six"])
-    a, b, c = (_open(tmp_path, path=name).files[0] for name in "abc")
+    files = [_open(tmp_path, path=name).files[0] for name in "abc"]
+    a, b, c = with_digests(files, {})
     assert a.digest == b.digest != c.digest
     assert a.size == c.size == path.stat().st_size
 
 
-def test_reader_sees_a_file_that_changes_after_planning(tmp_path: Path) -> None:
-    """The digests of the plan, given to the reader, stop it from mixing two inputs."""
+def test_only_files_that_were_touched_are_read_again(tmp_path: Path) -> None:
+    """A known file keeps its digest unread; a touched one is read, and may be the same."""
     path = _write(tmp_path / "x.parquet", q=["one", "two"])
-    digests = _open(tmp_path, path="x.parquet").footer_digests
+    [file] = _open(tmp_path, path="x.parquet").files
+    values = {name: getattr(file, name) for name in ("name", "path", "size", "stamp", "num_rows")}
+    known = {file.path: PlannedFile(**values, digest="known")}
+    assert with_digests([file], known)[0].digest == "known"
+    os.utime(path, ns=(1, 1))
+    [touched] = _open(tmp_path, path="x.parquet").files
+    assert with_digests([touched], known)[0].digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_reader_sees_a_file_that_changes_after_planning(tmp_path: Path) -> None:
+    """The stamps of the plan, given to the reader, stop it from mixing two inputs."""
+    path = _write(tmp_path / "x.parquet", q=["one", "two"])
+    stamps = _open(tmp_path, path="x.parquet").stamps
     _write(path, q=["one", "six"])
     with pytest.raises(InputError, match="has changed since the job was planned"):
-        ShardReader(None, digests).read(Shard(0, str(path), "x.parquet", 0, 1))
+        ShardReader(None, stamps).read(Shard(0, str(path), "x.parquet", 0, 1))
 
 
 def test_jsonl_is_read_as_parquet(tmp_path: Path) -> None:
@@ -87,7 +103,7 @@ def test_jsonl_is_read_as_parquet(tmp_path: Path) -> None:
     assert (file.num_rows, file.size) == (2, 32)
     assert pq.read_table(file.path)["d"].to_pylist() == ["2024-01-31", "x"]
     assert Path(file.path).is_relative_to(tmp_path / "staging")
-    assert inputs.footer_digests == {}
+    assert inputs.stamps == {}
 
 
 def test_saved_dataset_is_read_as_parquet(tmp_path: Path) -> None:

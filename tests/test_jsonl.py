@@ -86,6 +86,11 @@ def test_types_are_those_of_json(tmp_path: Path, name: str) -> None:
         (b'{"a": {"b": 1}}\n\n{"a": {"b": [1]}}\n', 3, "same type"),
         (b'{"a": 1}\n{"a": true}\n', 2, "same type"),
         (b'{"b": 1}\n{"a": 1, "a": 2}\n', 2, "same type"),
+        (b'{"a": 1}\n\n{"a": 99999999999999999999999}\n', 3, "99999999999999999999999 has more"),
+        (b'{"a": 1}\n{"a": 9223372036854775808}\n', 2, "9223372036854775808 has more digits"),
+        (b'{"a": 1}\n{"a":-9223372036854775809}\n', 2, "write it as a string"),
+        (b'{"a": [{"b": [0.5,18446744073709551615]}]}\n', 1, "18446744073709551615 has more"),
+        (b'{"a": 1}\n{"a": 1' + b"0" * 5000 + b"}\n", 2, "the number 10{39}… has more digits"),
     ],
 )
 def test_bad_line_is_named(tmp_path: Path, lines: bytes, number: int, sentence: str) -> None:
@@ -94,6 +99,17 @@ def test_bad_line_is_named(tmp_path: Path, lines: bytes, number: int, sentence: 
     with pytest.raises(InputError, match=rf"a\.jsonl, line {number}: .*{sentence}") as caught:
         _read(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("block_size")
+def test_digits_that_are_no_long_integer(tmp_path: Path) -> None:
+    """Whole 64-bit integers, fractions and digits in strings and keys are read as they are."""
+    rows = [
+        {"a": 2**63 - 1, "b": 0.12345678901234567890, "c": "9" * 30, "9" * 20: 1},
+        {"a": -(2**63), "b": 1e25, "c": "-99999999999999999999, 99999999999999999999", "9" * 20: 2},
+    ]
+    path = _write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert _read(path).to_pylist() == rows
 
 
 def test_json_list_is_refused_without_reading_it(tmp_path: Path) -> None:

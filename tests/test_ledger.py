@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from jobs.differences import MOST_LINES, differences
-from jobs.ledger import Ledger, open_or_create, prepare, set_aside
+from jobs.ledger import Ledger, check_output, open_or_create, prepare, set_aside
 from jobs.lock import RunLock
 from jobs.parts import roll_up
 from jobs.status import read_status
-from pipeline.errors import DamagedOutputError, JobDiffersError, LockedError, OutputError
+from pipeline.errors import (
+    DamagedOutputError,
+    InputError,
+    JobDiffersError,
+    LockedError,
+    OutputError,
+)
 from pipeline.records import Shard
 from pipeline.segments import Totals, segment_name
 from tests.run_folders import SmallJob, make_manifest
+
+both = pytest.mark.parametrize("check", [prepare, check_output])
+"""A run that only checks refuses what a run refuses."""
 
 
 def test_shards_cover_the_files_in_order(tmp_path: Path) -> None:
@@ -115,22 +125,26 @@ def test_long_values_are_cut_around_the_change() -> None:
     assert lines[-1] == "… and 80 more"
 
 
-def test_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+@both
+def test_folder_with_something_else_is_refused(
+    tmp_path: Path, check: Callable[[Path], object]
+) -> None:
     """Nothing is written among a user's own files, hidden ones included."""
     (tmp_path / "thesis.tex").write_text("")
     (tmp_path / ".git").mkdir()
     with pytest.raises(OutputError, match=r"'\.git', 'thesis\.tex'.*--output"):
-        prepare(tmp_path)
+        check(tmp_path)
     assert not (tmp_path / ".shardmill").exists()
 
 
-def test_lost_manifest_is_no_new_folder(tmp_path: Path) -> None:
+@both
+def test_lost_manifest_is_no_new_folder(tmp_path: Path, check: Callable[[Path], object]) -> None:
     """A folder with output but no manifest is not started over."""
     job = SmallJob(tmp_path)
     job.finish()
     job.folder.manifest.unlink()
     with pytest.raises(OutputError, match=r"'_SUCCESS', 'part-00000\.parquet'"):
-        prepare(job.path)
+        check(job.path)
 
 
 def test_death_before_the_manifest(tmp_path: Path) -> None:
@@ -146,13 +160,14 @@ def test_death_before_the_manifest(tmp_path: Path) -> None:
     assert not (run.internal / "manifest.json.abc.tmp").exists()
 
 
-def test_file_in_place_of_the_folder(tmp_path: Path) -> None:
+@both
+def test_file_in_place_of_the_folder(tmp_path: Path, check: Callable[[Path], object]) -> None:
     """A plain file, or one among the parents, is named."""
     (tmp_path / "f").write_text("")
     with pytest.raises(OutputError, match="is a file"):
-        prepare(tmp_path / "f")
+        check(tmp_path / "f")
     with pytest.raises(OutputError, match="Not a directory"):
-        prepare(tmp_path / "f" / "run")
+        check(tmp_path / "f" / "run")
 
 
 def test_link_to_a_folder_to_be_made(tmp_path: Path) -> None:
@@ -162,12 +177,37 @@ def test_link_to_a_folder_to_be_made(tmp_path: Path) -> None:
     assert (tmp_path / "scratch" / "_SUCCESS").exists()
 
 
+@both
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_folder_without_write_permission(tmp_path: Path) -> None:
+def test_folder_without_write_permission(tmp_path: Path, check: Callable[[Path], object]) -> None:
     """A folder that cannot be written is told apart from a bug."""
     tmp_path.chmod(0o500)
     with pytest.raises(OutputError, match=r"Permission denied.*writable"):
-        prepare(tmp_path / "run")
+        check(tmp_path / "run")
+
+
+@pytest.mark.parametrize("depth", [".", "run", "run/.shardmill/segments"])
+def test_check_asks_for_write_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: str
+) -> None:
+    """What is there of the folder, or of its parents, must be writable, its inner folders too."""
+    locked = tmp_path / depth
+    locked.mkdir(parents=True, exist_ok=True)
+    check_output(tmp_path / "run")
+    monkeypatch.setattr(os, "access", lambda path, _: path != locked)
+    with pytest.raises(OutputError, match=r"Permission denied.*writable"):
+        check_output(tmp_path / "run")
+
+
+def test_check_makes_nothing(tmp_path: Path) -> None:
+    """A folder to be made, an empty one, a link to one and a run's own pass, unchanged."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "scratch")
+    SmallJob(tmp_path).commit(0)
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("a/b/c", "empty", "link", "run"):
+        check_output(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_folder_of_a_newer_version(tmp_path: Path) -> None:
@@ -189,7 +229,7 @@ def test_damaged_manifest(tmp_path: Path, text: str) -> None:
 
 def test_no_run_folder(tmp_path: Path) -> None:
     """Looking at another folder says so and creates nothing."""
-    with pytest.raises(OutputError, match="no output folder of Shardmill"):
+    with pytest.raises(InputError, match="no output folder of Shardmill"):
         Ledger.open(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -322,6 +362,17 @@ def test_status_of_a_job(tmp_path: Path) -> None:
     assert status.totals.num_completions == 22
 
 
+@pytest.mark.parametrize("gone", ["part-00001.parquet", "_SUCCESS"])
+def test_status_is_complete_with_all_files_only(tmp_path: Path, gone: str) -> None:
+    """`_SUCCESS` alone says nothing once a part was deleted; nor do parts that nobody counted."""
+    job = SmallJob(tmp_path)
+    job.finish()
+    (job.path / gone).unlink()
+    assert not read_status(job.path).is_complete
+    job.finish()
+    assert read_status(job.path).is_complete
+
+
 def test_status_beside_a_roll_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments that go into a part while status reads them are counted once."""
     job = SmallJob(tmp_path)
@@ -335,7 +386,7 @@ def test_status_beside_a_roll_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             roll_up(job.folder, job.manifest, next_part)
         return there
 
-    monkeypatch.setattr(Ledger, "_has_part", has_part)
+    monkeypatch.setattr(Ledger, "has_part", has_part)
     with pytest.raises(FileNotFoundError):
         scan(job.ledger)
     assert read_status(job.path).totals.num_completions == job.manifest.num_completions

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from pipeline.engine import build_engine
-from pipeline.errors import ModelError
-from pipeline.model import Model
+from pipeline.errors import ModelError, ResourceError
+from pipeline.model import Model, describe
 from pipeline.records import Request, RequestId, Sampling
 from pipeline.settings import EngineSettings
 from tests.engines import run
@@ -74,6 +74,12 @@ def test_ends_from_config_and_tokenizer(folder: Path) -> None:
     """A list in the generation config and the tokenizer's own token all end a completion."""
     edit_json(folder / "generation_config.json", eos_token_id=[7, IM_END_ID])
     assert load(folder).eos_ids == {7, IM_END_ID, EOS_ID}
+
+
+def test_negative_end_is_none(folder: Path) -> None:
+    """Some configurations say -1 for none; nothing may be padded or ended with that."""
+    edit_json(folder / "generation_config.json", eos_token_id=[-1, 7])
+    assert load(folder).eos_ids == {7, EOS_ID}
 
 
 def test_nothing_of_the_generation_config_is_left(folder: Path) -> None:
@@ -178,8 +184,9 @@ def test_no_causal_language_model(tmp_path: Path, save: Any, words: str) -> None
     """A model that would load and answer nonsense, or not load at all, is refused."""
     save(tmp_path)
     byte_level_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=words):
+    with pytest.raises(ModelError, match=words) as caught:
         load(tmp_path)
+    assert "ModelError" not in str(caught.value)  # our own sentence, not one about it
 
 
 def test_dtype(llama_folder: Path) -> None:
@@ -228,3 +235,93 @@ def test_vocabulary(llama: Model) -> None:
     assert llama.vocabulary.decode([BOS_ID, *ids, EOS_ID]) == "so , it rests ."
     assert llama.vocabulary.special_ids["<|im_end|>"] == IM_END_ID
     assert llama.vocabulary.size == VOCABULARY_SIZE
+
+
+def drop_added_tokens(folder: Path) -> None:
+    """A tokenizer.json without a part that transformers takes for granted."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    del tokenizer["added_tokens"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def break_tokenizer(folder: Path) -> None:
+    """One that the Rust library refuses, with a bare Exception."""
+    edit_json(folder / "tokenizer.json", model={"type": "BPE", "vocab": 3, "merges": []})
+
+
+BREAKAGES: dict[str, Any] = {
+    "no added tokens": drop_added_tokens,
+    "tokenizer model": break_tokenizer,
+    "tokenizer list": lambda folder: (folder / "tokenizer.json").write_text("[]"),
+    "tokenizer torn": lambda folder: (folder / "tokenizer.json").write_text('{"version": '),
+    "tokenizer class": lambda folder: edit_json(
+        folder / "tokenizer_config.json", tokenizer_class=["x"]
+    ),
+    "tokenizer special": lambda folder: edit_json(folder / "tokenizer_config.json", eos_token=7),
+    "size as text": lambda folder: edit_json(folder / "config.json", hidden_size="32"),
+    "size as list": lambda folder: edit_json(folder / "config.json", hidden_size=[32]),
+    "no heads": lambda folder: edit_json(folder / "config.json", num_attention_heads=0),
+    "activation": lambda folder: edit_json(folder / "config.json", hidden_act="no such"),
+    "rope": lambda folder: edit_json(folder / "config.json", rope_parameters="none"),
+    "end as text": lambda folder: edit_json(folder / "generation_config.json", eos_token_id="2"),
+    "end as part": lambda folder: edit_json(folder / "generation_config.json", eos_token_id=[1.5]),
+    "ends in ends": lambda folder: edit_json(folder / "generation_config.json", eos_token_id=[[2]]),
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_broken_files(folder: Path, name: str) -> None:
+    """Whatever the libraries make of them, it is one line that names the model."""
+    BREAKAGES[name](folder)
+    with pytest.raises(ModelError, match=f"^model '{folder}' ") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (KeyError("added_tokens"), "KeyError: 'added_tokens'"),
+        (AssertionError(), "AssertionError"),
+        (ValueError("no such\n  value"), "no such value"),
+        (ValueError("x"), "ValueError: x"),
+        (Exception("data did not match"), "Exception: data did not match"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+        (RuntimeError("many words " * 99), "many words " * 54 + "many w…"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_description_of_an_error(error: Exception, words: str) -> None:
+    """One line, with the type where the text alone says little."""
+    assert describe(error) == words
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()], ids=["device", "host"]
+)
+@pytest.mark.parametrize("name", ["AutoTokenizer", "AutoModelForCausalLM"])
+def test_out_of_memory(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception
+) -> None:
+    """No fault of the model's files: other settings, or another machine, will do."""
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(f"pipeline.model.{name}.from_pretrained", fail)
+    with pytest.raises(ResourceError, match="does not fit into"):
+        load(llama_folder)
+
+
+def test_interrupt_is_no_matter_of_the_model(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while loading stays what it is."""
+
+    def interrupt(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.model.AutoTokenizer.from_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load(llama_folder)

@@ -1,7 +1,6 @@
 """How a job is cut up, and what a sample of it shows."""
 
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,21 +10,7 @@ from jobs.inputs import Inputs, InputSettings, open_inputs
 from jobs.plan import choose_shard_rows, choose_shards_per_part, estimate, sample_rows
 from pipeline.prompts import PromptRenderer
 from pipeline.settings import PromptSettings
-
-
-class WordTokenizer:
-    """A fake with one token for each word."""
-
-    bos_token_id = None
-
-    def __call__(self, text: list[str], **options: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[1] * len(one.split()) for one in text]}
-
-    def get_chat_template(self) -> str:
-        raise ValueError
-
-    def apply_chat_template(self, conversation: Any, **options: Any) -> str:
-        raise NotImplementedError
+from tests.word_tokenizer import WordTokenizer
 
 
 def _inputs(folder: Path, *files: list[str | None], limit: int | None = None) -> Inputs:

@@ -1,6 +1,7 @@
 """Rows become token ids as the model expects them."""
 
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -194,6 +195,63 @@ def test_chat_template_that_refuses_every_row_is_found_at_once() -> None:
         _renderer(_tokenizer(), template="{{ q }}", chat_template=True)
     with pytest.raises(ModelError, match=r"no \(default\) chat template"):
         _renderer(_tokenizer({"a": CHATML, "b": CHATML}), messages="chat")
+
+
+NOW = datetime(2031, 3, 9, 7, 5)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        # As Llama 3's do it.
+        (
+            "{%- if strftime_now is defined %}\n    {%- set today = strftime_now('%d %b %Y') %}\n"
+            "{%- else %}\n    {%- set today = '26 Jul 2024' %}\n{%- endif %}\n"
+            "{{- today }} {{ messages[0].content }}",
+            "09 Mar 2031 hi",
+        ),
+        # As Mistral's, which cut it up.
+        ("{% set d = strftime_now('%Y-%m-%d').split('-') %}{{ d[2] }}.{{ d[1] | int }}", "09.3"),
+        (
+            "{% set f = '%Y' %}{% macro m() %}{{ strftime_now(format=f) }}{% endmacro %}{{ m() }}",
+            "2031",
+        ),
+        ("{{ strftime_now('100%% %-d/%-m %H:%M %A %') }}", "100% 9/3 07:05 Sunday %"),
+        ("{{ strftime_now('') }}|{{ strftime_now('plain text') }}", "|plain text"),
+    ],
+)
+def test_chat_template_that_prints_the_date(template: str, text: str) -> None:
+    """It prints the moment that is given, however the template goes about it."""
+    settings = PromptSettings(messages="chat")
+    renderer = PromptRenderer(settings, _tokenizer(template), now=NOW)
+    assert renderer.render({"chat": [{"role": "user", "content": "hi"}]}) == text
+
+
+@pytest.mark.parametrize(
+    "start", ["\n", "  {% if true %}", "\n\n  {% if true %}", " ", "{%- if 1 %}"]
+)
+def test_nothing_else_of_a_chat_template_changes(start: str) -> None:
+    """Spaces and lines at its beginning are as they would be without a given moment."""
+    end = "{% endif %}" if "if" in start else ""
+    template = (
+        start
+        + "x {{ messages[0].content }}"
+        + end
+        + "{% if 0 %}{{ strftime_now('') }}{% endif %}\n"
+    )
+    chat = {"chat": [{"role": "user", "content": "hi"}]}
+    settings = PromptSettings(messages="chat")
+    plain = PromptRenderer(settings, _tokenizer(template)).render(chat)
+    assert PromptRenderer(settings, _tokenizer(template), now=NOW).render(chat) == plain
+
+
+def test_without_a_given_moment_it_is_now() -> None:
+    """The default is what transformers does; and system prompts see the same clock."""
+    template = "{{ strftime_now('%Y') }}{{ messages[0].content }}"
+    settings = PromptSettings(template="?", chat_template=True, system="s")
+    years = {f"{year}s" for year in (datetime.now().year, datetime.now().year + 1)}
+    assert PromptRenderer(settings, _tokenizer(template)).render({}) in years
+    assert PromptRenderer(settings, _tokenizer(template), now=NOW).render({}) == "2031s"
 
 
 def test_threads_may_share_a_renderer() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline import reader as reader_module
 from pipeline.errors import InputError, RowError
-from pipeline.reader import ShardReader, plain_rows, read_footer
+from pipeline.reader import ShardReader, file_stamp, plain_rows, read_footer
 from pipeline.records import Shard
 
 NUM_ROWS = 600
@@ -174,15 +174,15 @@ def test_vanished_file_is_named(tmp_path: Path) -> None:
 def test_changed_file_is_named(tmp_path: Path) -> None:
     """A file that is not the planned one is refused, whatever it holds."""
     path = _write(tmp_path / "in.parquet", TABLE, [100])
-    digests = {path: read_footer(path).digest}
-    ShardReader(None, digests).read(_shard(path, 0, 1))
+    stamps = {path: file_stamp(path)}
+    ShardReader(None, stamps).read(_shard(path, 0, 1))
     _write(tmp_path / "in.parquet", TABLE, [150])
     with pytest.raises(InputError, match=r"in\.parquet has changed since the job was planned"):
-        ShardReader(None, digests).read(_shard(path, 0, 1))
+        ShardReader(None, stamps).read(_shard(path, 0, 1))
 
 
 def test_shorter_file_and_lost_column_are_named(tmp_path: Path) -> None:
-    """Without a digest, what the plan relies on is still checked."""
+    """Without a stamp, what the plan relies on is still checked."""
     path = _write(tmp_path / "in.parquet", TABLE, [100])
     with pytest.raises(InputError, match=r"has 600 rows, .* at least 601"):
         ShardReader().read(_shard(path, 600, 1))

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.small_jobs import (
@@ -69,7 +70,7 @@ def test_a_killed_driver_is_continued(
     assert read_output(tmp_path / "out").equals(undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_signal_commits_and_exits_with_75(
     tmp_path: Path, llama_folder: Path, number: signal.Signals
 ) -> None:
@@ -219,3 +220,43 @@ def test_a_second_driver_is_turned_away(tmp_path: Path, llama_folder: Path) -> N
     assert second.code == 75
     assert "in use by another run" in second.stderr
     assert finish(process).code == 0
+
+
+def test_a_signal_before_the_workers_start_stops_too(tmp_path: Path, llama_folder: Path) -> None:
+    """Whenever it comes, a first stop signal exits with 75, and no half-made folder is left."""
+    job = write_job(tmp_path, llama_folder, questions(40))
+    process = start("run", job)
+    wait_until(lambda: (tmp_path / "out" / ".shardmill" / "logs" / "run.log").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    result = finish(process)
+    assert result.code == 75, result.stderr
+    assert "SIGTERM" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_removes_nothing_of_others(tmp_path: Path, llama_folder: Path) -> None:
+    """The folder above was made by the run that fails; by then it holds another one's output."""
+    job = write_job(tmp_path, llama_folder, questions(4), output={"path": "runs/a"})
+    (tmp_path / "in.jsonl").write_text('{"q": "x"}\n' * 300_000 + '{"q": \n', encoding="utf-8")
+    process = start("run", job, "--set", "input.path=" + str(tmp_path / "in.jsonl"))
+    wait_until((tmp_path / "runs" / "a").exists, process)
+    (tmp_path / "runs" / "b").mkdir()
+    (tmp_path / "runs" / "b" / "notes.txt").write_text("mine", encoding="utf-8")
+    result = finish(process)
+    assert result.code == 65, result.stderr
+    assert (tmp_path / "runs" / "b" / "notes.txt").exists()
+    assert not (tmp_path / "runs" / "a").exists()
+
+
+def test_an_edited_input_is_refused(tmp_path: Path, llama_folder: Path) -> None:
+    """One letter in one row, same size, and the old answers are not mixed with new ones."""
+    job = write_job(tmp_path, llama_folder, questions(40))
+    table = questions(40)
+    pq.write_table(table, tmp_path / "in.parquet", compression="none", use_dictionary=False)
+    assert shardmill("run", job).code == 0
+    content = (tmp_path / "in.parquet").read_bytes()
+    (tmp_path / "in.parquet").write_bytes(content.replace(b"11 apples", b"11 applez"))
+    refused = shardmill("run", job)
+    assert refused.code == 78, refused.stderr
+    assert "input.file.in.parquet" in refused.stderr

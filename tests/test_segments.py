@@ -16,7 +16,6 @@ from pipeline.segments import (
     SegmentInfo,
     Totals,
     as_ranges,
-    committed_infos,
     count_commits,
     list_segments,
     missing_positions,
@@ -61,7 +60,7 @@ def test_footer_tells_what_was_written(tmp_path: Path) -> None:
     """The facts come back from the file alone."""
     job = SmallJob(tmp_path, num_samples=2)
     written = job.commit(2, positions=[1, 0])
-    info = read_info(job.folder.segments / "000000002-000.parquet")
+    info = read_info(job.folder.segments / "000000002-000.parquet", "f1")
     assert info == written
     assert (info.first_row, info.num_rows, info.ranges) == (6, 1, ((0, 2),))
     assert info.totals == Totals(error=2)
@@ -77,7 +76,7 @@ def test_commits_are_found(tmp_path: Path) -> None:
     job.commit(1)
     (job.folder.segments / "note.txt").write_text("")
     assert list_segments(job.folder) == {0: [0, 1], 1: [0]}
-    assert committed_infos(job.folder, 0) == [first, second]
+    assert job.infos(0) == [first, second]
     assert count_commits(job.folder, 2) == 0
 
 
@@ -86,7 +85,7 @@ def test_rows_of_several_commits_come_in_order(tmp_path: Path) -> None:
     job = SmallJob(tmp_path, num_samples=2)
     for positions in ([5, 1], [0, 3, 4], [2]):
         job.commit(0, positions)
-    table = read_rows(job.folder, committed_infos(job.folder, 0))
+    table = read_rows(job.folder, job.infos(0))
     ids = zip(table["row_id"].to_pylist(), table["sample_index"].to_pylist(), strict=True)
     assert list(ids) == [(f"in-0.parquet#{row}", s) for row in range(3) for s in range(2)]
     assert table["n"].to_pylist() == [0, 0, 1, 1, 2, 2]
@@ -114,7 +113,7 @@ def test_torn_segment(tmp_path: Path, keep: float) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if keep < 1 else int(keep)])
     with pytest.raises(DamagedOutputError, match=path.name):
-        read_info(path)
+        read_info(path, "f1")
 
 
 def test_flipped_byte(tmp_path: Path) -> None:
@@ -136,10 +135,22 @@ def test_alien_and_misplaced_segments(tmp_path: Path) -> None:
     path = job.folder.segments / segment_name(1, 0)
     shutil.copy(job.folder.segments / segment_name(0, 0), path)
     with pytest.raises(DamagedOutputError, match="shard 0, commit 0"):
-        read_info(path)
+        read_info(path, "f1")
     shutil.copy(job.manifest.files[0].path, path)
     with pytest.raises(DamagedOutputError, match=path.name):
-        read_info(path)
+        read_info(path, "f1")
+
+
+def test_segment_of_another_job(tmp_path: Path) -> None:
+    """One foreign commit among a shard's own is named, wherever it stands."""
+    job, other = SmallJob(tmp_path), SmallJob(tmp_path / "other", fingerprint="f2")
+    for each in (job, other):
+        each.commit(0, [0])
+    other.commit(0, [1])
+    name = segment_name(0, 1)
+    shutil.copy(other.folder.segments / name, job.folder.segments / name)
+    with pytest.raises(DamagedOutputError, match=f"{name}.*another job"):
+        job.infos(0)
 
 
 def test_segment_of_an_interrupted_writer(tmp_path: Path) -> None:
@@ -150,10 +161,10 @@ def test_segment_of_an_interrupted_writer(tmp_path: Path) -> None:
     table = pq.read_table(path)
     write_parquet(path, table.schema, [table.slice(0, 2)], info.to_json())
     with pytest.raises(DamagedOutputError, match="it holds 2 rows"):
-        read_info(path)
+        read_info(path, "f1")
 
 
 def test_absent_segment_is_not_damaged(tmp_path: Path) -> None:
     """A reader beside a running driver can tell a segment that was rolled up from a torn one."""
     with pytest.raises(FileNotFoundError):
-        read_info(tmp_path / segment_name(0, 0))
+        read_info(tmp_path / segment_name(0, 0), "f1")

@@ -181,6 +181,20 @@ def test_long_rows_first_and_few_columns_wasted(llama: Model) -> None:
     assert widths == lengths[::3]
 
 
+def test_prompts_of_one_length(llama: Model) -> None:
+    """Asked for batches without padding, the engine makes as few as that takes."""
+    prompts = ["a", "dog", "b", "cat", "c", "d"]
+    batches: list[list[int]] = []
+    _, model = failing(llama, lambda rows: batches.append([len(row) for row in rows]))
+    requests = requests_for(llama, Sampling(6), prompts)
+    lengths = sorted((len(request.prompt_ids) for request in requests), reverse=True)
+    completions = run(StaticEngine(model, 3, equal_lengths=True), requests)
+    assert completions == run(StaticEngine(llama, 1), requests)
+    assert all(len(set(batch)) == 1 for batch in batches)
+    assert [length for batch in batches for length in batch] == lengths
+    assert len(batches) == sum(-(-lengths.count(length) // 3) for length in set(lengths))
+
+
 def test_counts(llama: Model) -> None:
     """They move during a step, token by token, and are exact at the end."""
     seen: list[tuple[int, int, int]] = []
@@ -202,19 +216,6 @@ def test_counts(llama: Model) -> None:
     assert engine.num_generated_tokens == sum(row.num_completion_tokens for row in completions)
     assert {num_running for num_running, _, _ in seen} == {4, 2}
     assert len({num_generated for _, _, num_generated in seen}) >= 12
-
-
-def test_drop_waiting(llama: Model) -> None:
-    """What has not been started is forgotten; an error not yet returned is not."""
-    engine = StaticEngine(llama, 2)
-    engine.add([*requests_for(llama, Sampling(3)), Request(RequestId(9, 0, 0), (), Sampling(3))])
-    assert engine.num_waiting == len(PROMPTS) + 1
-    assert len(engine.step()) == 3
-    engine.add([Request(RequestId(9, 1, 0), (), Sampling(3))])
-    engine.drop_waiting()
-    assert engine.num_waiting == 1
-    assert [completion.id.shard for completion in engine.step()] == [9]
-    assert engine.step() == []
 
 
 def test_model_without_any_end(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from pipeline.model import Model
 from pipeline.records import Sampling
 from pipeline.static_engine import StaticEngine
+from pipeline.stopping import Generated
 from tests.engines import PROMPTS, check_alone, failing, requests_for, run
 from tests.models import BOS_ID, load, make_llama
 
@@ -81,27 +82,40 @@ def test_row_longer_than_any_that_has_fitted(llama: Model) -> None:
     assert [len(engine.step()) for _ in range(2)] == [1, 1]
 
 
-def test_failure_in_a_batch_costs_the_row_that_fails(llama: Model) -> None:
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("probability tensor\ncontains nan"), "probability tensor contains nan"),
+        (ValueError("no such length"), "no such length"),
+        (IndexError("index out of range"), "IndexError: index out of range"),
+        (KeyError("experts"), "KeyError: 'experts'"),
+        (TypeError("unhashable"), "TypeError: unhashable"),
+        (AssertionError(), "AssertionError"),
+        (Exception("anything"), "Exception: anything"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_failure_in_a_batch_costs_the_row_that_fails(
+    llama: Model, error: Exception, words: str
+) -> None:
     """The rows of a batch that raises run alone, so that only the guilty one is an error."""
     requests = requests_for(llama, Sampling(5))
     guilty = list(requests[3].prompt_ids)
 
     def fail(rows: Sequence[Sequence[int]]) -> None:
         if any(row[-len(guilty) :] == guilty for row in rows):
-            raise RuntimeError("probability tensor contains nan")
+            raise error
 
     _, model = failing(llama, fail)
     completions = run(StaticEngine(model, 32), requests)
     expected = run(StaticEngine(llama, 32), requests)
-    assert completions[3].error == "generate: probability tensor contains nan"
+    assert completions[3].error == f"generate: {words}"
     assert [*completions[:3], *completions[4:]] == [*expected[:3], *expected[4:]]
 
 
-@pytest.mark.parametrize(
-    "error", [torch.AcceleratorError("CUDA error: device-side assert triggered"), IndexError("x")]
-)
-def test_what_no_row_is_to_blame_for_is_raised(llama: Model, error: Exception) -> None:
-    """A device that has failed would fail every row after; a bug is a bug."""
+def test_device_that_has_failed(llama: Model) -> None:
+    """It would fail every row after, so it ends the engine."""
+    error = torch.AcceleratorError("CUDA error: device-side assert triggered")
 
     def fail(rows: Sequence[Sequence[int]]) -> None:
         raise error
@@ -109,5 +123,17 @@ def test_what_no_row_is_to_blame_for_is_raised(llama: Model, error: Exception) -
     _, model = failing(llama, fail)
     engine = StaticEngine(model, 4)
     engine.add(requests_for(llama, Sampling(5)))
-    with pytest.raises(type(error)):
+    with pytest.raises(torch.AcceleratorError):
+        engine.step()
+
+
+def test_listener_that_raises(llama: Model) -> None:
+    """Who listens is no row's fault: a closed pipe ends the engine and makes no error rows."""
+
+    def listen(row: Generated) -> None:
+        raise BrokenPipeError("closed")
+
+    engine = StaticEngine(llama, 4, listen)
+    engine.add(requests_for(llama, Sampling(5)))
+    with pytest.raises(BrokenPipeError):
         engine.step()

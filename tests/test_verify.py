@@ -14,9 +14,9 @@ import pytest
 from jobs.lock import RunLock
 from jobs.parts import roll_up
 from jobs.verify import verify
-from pipeline.errors import DamagedOutputError, LockedError, OutputError
+from pipeline.errors import DamagedOutputError, InputError, LockedError
 from pipeline.segments import Totals, facts_of, segment_name, write_parquet
-from tests.run_folders import SmallJob, flip_byte, make_noise
+from tests.run_folders import SmallJob, flip_byte, make_manifest, make_noise
 
 
 @pytest.fixture
@@ -213,6 +213,38 @@ def test_inputs_that_are_gone_or_changed(job: SmallJob) -> None:
     ]
 
 
+@pytest.fixture
+def staged_job(tmp_path: Path) -> SmallJob:
+    """A finished job whose first input was converted into the run folder; its size was another."""
+    file = make_manifest(tmp_path / "input", [4]).files[0]
+    staged = tmp_path / "run/.shardmill/input/0123456789abcdef/000000.parquet"
+    staged.parent.mkdir(parents=True)
+    shutil.copy(file.path, staged)
+    file = file.model_copy(update={"path": str(staged), "size": file.size + 1})
+    job = SmallJob(tmp_path, files=(file,))
+    job.finish()
+    return job
+
+
+def test_relative_folder(staged_job: SmallJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the folder is named, what was converted into it is not taken for the user's file."""
+    monkeypatch.chdir(staged_job.path.parent)
+    assert verify(Path("run")).notes == []
+    monkeypatch.chdir(staged_job.path)
+    assert verify(Path()).notes == []
+    Path("part-00000.parquet").write_bytes(b"")
+    assert f"'{staged_job.path / 'part-00000.parquet'}'" in verify(Path()).damage[0]
+
+
+def test_moved_folder(staged_job: SmallJob, tmp_path: Path) -> None:
+    """What was converted into the folder moves with it; it is missed where it is now."""
+    moved = staged_job.path.rename(tmp_path / "moved")
+    assert verify(moved).notes == []
+    (staged,) = (moved / ".shardmill/input").glob("*/*.parquet")
+    staged.unlink()
+    assert verify(moved).notes == [f"input '{staged}' is gone"]
+
+
 def test_verify_changes_nothing(job: SmallJob) -> None:
     """Not a file is touched, so that a read-only copy can be verified."""
     before = {path: path.stat().st_mtime_ns for path in job.path.rglob("*")}
@@ -228,7 +260,7 @@ def test_running_job_is_left_alone(job: SmallJob) -> None:
 
 def test_nothing_to_check_against(job: SmallJob, tmp_path: Path) -> None:
     """Without a manifest there is no proof."""
-    with pytest.raises(OutputError):
+    with pytest.raises(InputError):
         verify(tmp_path)
     job.folder.manifest.write_text("{")
     with pytest.raises(DamagedOutputError):

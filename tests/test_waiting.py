@@ -46,14 +46,3 @@ def test_rows_put_back_are_next_and_keep_their_number() -> None:
     second.generated.add(5)
     assert second.tokens == (1, 1, 1, 5)
     assert second.length == 4
-
-
-def test_clear_gives_everything_back() -> None:
-    """The current run and what has arrived since."""
-    waiting = Waiting(num_lookahead=2)
-    for length in (1, 2, 3):
-        waiting.add(row_of(length))
-    waiting.head(1)
-    assert sorted(lengths(waiting.clear())) == [1, 2, 3]
-    assert len(waiting) == 0
-    assert waiting.head(1) == []

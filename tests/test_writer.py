@@ -103,7 +103,7 @@ def test_every_type_passes_through(tmp_path: Path, num_samples: int) -> None:
     ids = [(row, sample) for row in range(3) for sample in range(num_samples)]
     writer.write(_shard(table), table, [_done(*i) for i in ids[::2]], 0)
     writer.write(_shard(table), table, [_done(*i) for i in reversed(ids[1::2])], 1)
-    rows = read_rows(folder, committed_infos(folder, 0))
+    rows = read_rows(folder, committed_infos(folder, 0, "f"))
     assert rows.schema.equals(output_schema(table.schema))
     for name in table.column_names:
         values = [value for value in table[name].to_pylist() for _ in range(num_samples)]

@@ -1,4 +1,4 @@
-"""Whether output rows are the ones that belong in their place."""
+"""Whether output rows are the ones that belong in their place, and do not contradict themselves."""
 
 from __future__ import annotations
 

@@ -1,0 +1,226 @@
+"""The loop of one worker, with a real writer and reader and an engine that the test drives."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import shard_runner
+from pipeline.engine_thread import Collector, EngineThread
+from pipeline.prompts import PromptRenderer
+from pipeline.reader import ShardReader
+from pipeline.records import Completion, FinishReason, Request, RequestId, Sampling, Shard
+from pipeline.segments import committed_infos, missing_positions
+from pipeline.settings import PromptSettings
+from pipeline.shard_runner import ShardRunner
+from pipeline.writer import SegmentWriter
+from tests.run_folders import SmallJob
+from tests.word_tokenizer import WordTokenizer
+
+
+class SteppedEngine:
+    """Finishes the oldest request whenever the test allows one more step."""
+
+    def __init__(self) -> None:
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
+        self.requests: deque[Request] = deque()
+        self._allowed = threading.Semaphore(0)
+        self.failure: Exception | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.requests)
+
+    @property
+    def num_running(self) -> int:
+        return 0
+
+    def add(self, requests: Sequence[Request]) -> None:
+        self.requests.extend(requests)
+
+    def step(self) -> list[Completion]:
+        if not self._allowed.acquire(timeout=0.01):
+            return []
+        if self.failure is not None:
+            raise self.failure
+        request = self.requests.popleft()
+        self.num_generated_tokens += 1
+        return [Completion(request.id, f"answer {request.id.row}", FinishReason.STOP, None, 3, 1)]
+
+    def allow(self, steps: int) -> None:
+        self._allowed.release(steps)
+
+
+class Bench:
+    """A runner over a small job, and a pool to run shards in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.job = SmallJob(folder, rows=(6,), shard_rows=6)
+        self.engine = SteppedEngine()
+        self.runner = self.new_runner(self.engine)
+        self._pool = ThreadPoolExecutor(4)
+
+    def new_runner(self, engine: SteppedEngine) -> ShardRunner:
+        manifest = self.job.manifest
+        renderer = PromptRenderer(PromptSettings(template="row {{ n }}"), WordTokenizer())
+        return ShardRunner(
+            engine=engine,
+            reader=ShardReader(["n", "noise"]),
+            renderer=renderer,
+            writer=SegmentWriter(
+                self.job.folder.root,
+                fingerprint=manifest.fingerprint,
+                schema=manifest.arrow_schema,
+                num_samples=1,
+                worker="test",
+            ),
+            sampling=Sampling(4),
+            seed=0,
+            num_samples=1,
+            passed_columns=["n", "noise"],
+        )
+
+    def start(self, runner: ShardRunner, shard: Shard) -> Future[Any]:
+        return self._pool.submit(runner.run, shard)
+
+    @property
+    def shard(self) -> Shard:
+        return self.job.manifest.shard(0)
+
+    def committed(self) -> list[int]:
+        """Rows committed, in the order of the commits."""
+        folder, fingerprint = self.job.folder, self.job.manifest.fingerprint
+        infos = committed_infos(folder, 0, fingerprint)
+        assert missing_positions(infos, 6) is not None, "no row is in two commits"
+        return [row for info in infos for first, end in info.ranges for row in range(first, end)]
+
+    def close(self) -> None:
+        self.engine.allow(1000)
+        self.runner.drain()
+        self._pool.shutdown()
+
+
+@contextmanager
+def _bench(folder: Path) -> Iterator[Bench]:
+    bench = Bench(folder)
+    try:
+        yield bench
+    finally:
+        bench.close()
+
+
+def _eventually(condition: Callable[[], bool]) -> None:
+    waiting = threading.Event()
+    for _ in range(1000):
+        if condition():
+            return
+        waiting.wait(0.01)
+    raise AssertionError("it did not come to this in ten seconds")
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commits what is finished every 50 milliseconds instead of every minute."""
+    monkeypatch.setattr(shard_runner, "COMMIT_INTERVAL", 0.05)
+
+
+def test_a_shard_is_committed_at_once_when_it_is_whole(tmp_path: Path) -> None:
+    """One commit of all rows, and the counts of it."""
+    with _bench(tmp_path) as bench:
+        attempt = bench.start(bench.runner, bench.shard)
+        bench.engine.allow(6)
+        outcome = attempt.result(timeout=20)
+        assert outcome.is_complete
+        assert [commit.num_completions for commit in outcome.commits] == [6]
+        assert bench.committed() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.usefixtures("often")
+def test_finished_rows_of_an_unfinished_shard_are_committed(tmp_path: Path) -> None:
+    """A kill loses what was finished lately, however long the shard takes; progress tells."""
+    with _bench(tmp_path) as bench:
+        attempt = bench.start(bench.runner, bench.shard)
+        bench.engine.allow(2)
+        _eventually(lambda: len(bench.committed()) == 2)
+        _eventually(lambda: bench.runner.progress().interim.num_completions == 2)
+        bench.engine.allow(4)
+        assert attempt.result(timeout=20).is_complete
+        assert sorted(bench.committed()) == list(range(6))
+        assert bench.runner.progress().interim.num_completions == 0
+
+
+def test_draining_commits_what_is_finished(tmp_path: Path) -> None:
+    """The rows that are done are kept, the others are said to be missing."""
+    with _bench(tmp_path) as bench:
+        attempt = bench.start(bench.runner, bench.shard)
+        bench.engine.allow(3)
+        _eventually(lambda: bench.engine.num_generated_tokens == 3)
+        bench.runner.drain()
+        outcome = attempt.result(timeout=20)
+        assert not outcome.is_complete
+        assert len(bench.committed()) == sum(info.num_completions for info in outcome.commits) >= 2
+
+
+@pytest.mark.usefixtures("often")
+def test_what_a_superseded_attempt_left_in_the_engine_goes_nowhere(tmp_path: Path) -> None:
+    """Another attempt commits in between; the next one on this engine gets its own rows only."""
+    with _bench(tmp_path) as bench:
+        first = bench.start(bench.runner, bench.shard)
+        _eventually(lambda: len(bench.engine.requests) == 6)
+        bench.job.commit(0, [4, 5])  # somebody else's commit number 0
+        bench.engine.allow(2)
+        assert not first.result(timeout=20).is_complete
+        assert len(bench.engine.requests) == 4, "rows 2 to 5 of the dropped attempt"
+
+        second = bench.start(bench.runner, bench.shard)
+        _eventually(lambda: len(bench.engine.requests) == 8)
+        bench.engine.allow(8)
+        assert second.result(timeout=20).is_complete
+        assert sorted(bench.committed()) == list(range(6))
+
+
+def test_a_broken_engine_is_told_to_everyone(tmp_path: Path) -> None:
+    """Nobody waits for an engine that has ended, now or later."""
+    with _bench(tmp_path) as bench:
+        attempt = bench.start(bench.runner, bench.shard)
+        bench.engine.failure = RuntimeError("the device is gone")
+        bench.engine.allow(1)
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            attempt.result(timeout=20)
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            bench.start(bench.runner, bench.shard).result(timeout=20)
+
+
+def test_a_completion_is_delivered_once(tmp_path: Path) -> None:
+    """Of two answers to one request, only the first reaches the collector that asked."""
+    engine = SteppedEngine()
+    thread = EngineThread(engine)
+    request = Request(RequestId(0, 0, 0), (1,), Sampling(1))
+    first, second = Collector(1), Collector(1)
+    thread.submit([request], first)
+    thread.submit([request], second)
+    engine.allow(2)
+    assert second.wait(10)
+    _eventually(lambda: engine.num_generated_tokens == 2)
+    assert (len(first.take()), len(second.take())) == (0, 1)
+    thread.stop()
+
+
+def test_the_output_has_the_inputs_columns(tmp_path: Path) -> None:
+    """What is committed is the input's rows with their answers beside them."""
+    with _bench(tmp_path) as bench:
+        bench.engine.allow(6)
+        bench.start(bench.runner, bench.shard).result(timeout=20)
+        [segment] = bench.job.folder.segments.iterdir()
+        table = pq.read_table(segment)
+        assert table["n"].to_pylist() == list(range(6))
+        assert table["completion"].to_pylist() == [f"answer {row}" for row in range(6)]
