@@ -1,6 +1,6 @@
 """Kills a run half-way, continues it, and compares with a run that nobody disturbed.
 
-    python benchmarks/kill_and_resume.py --prompts questions.jsonl --column question
+    python -m benchmarks.kill_and_resume --prompts questions.jsonl --column question
 
 Prints wall times and fails if a row is lost, doubled, out of order or different. In float32, since
 in bfloat16 another batch around a row rounds differently: a continued run cuts other batches, and

@@ -1,6 +1,6 @@
 """Memory and time that the driver takes to plan a very large input.
 
-    python benchmarks/planning.py --files 2000 --rows-per-file 50000
+    python -m benchmarks.planning --files 2000 --rows-per-file 50000
 
 The files hold one constant column, so 100 million rows take little disk.
 """

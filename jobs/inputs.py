@@ -27,6 +27,7 @@ from pipeline.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_WORTH_A_WORD = 2**29  # bytes that take a second or so to read
 _FOOTER_THREADS = 16  # waiting for a network file system, most of the time
 
 
@@ -124,9 +125,9 @@ def with_digests(files: Sequence[InputFile], known: Mapping[str, PlannedFile]) -
         InputError: a file cannot be read.
     """
     unread = [file for file in files if not file.digest and not _is_known(file, known)]
-    if unread:
-        size = sum(file.size for file in unread) / 2**20
-        logger.info("reading %d files (%.0f MiB) to know them again", len(unread), size)
+    size = sum(file.size for file in unread)
+    if size >= _WORTH_A_WORD:
+        logger.info("reading %.1f GiB of input, to know it again", size / 2**30)
     paths = [file.path for file in unread]
     digests = dict(zip(paths, content_digests([Path(path) for path in paths]), strict=True))
     digests = {path: file.digest for path, file in known.items()} | digests
