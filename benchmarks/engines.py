@@ -21,19 +21,16 @@ import torch
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
+from benchmarks.random_model import VOCABULARY_SIZE, prototype_config
 from pipeline.continuous_engine import ContinuousEngine
 from pipeline.model import Model
 from pipeline.records import Request, RequestId, Sampling
 from pipeline.stopping import Vocabulary
-
-VOCABULARY_SIZE = 8192
-CONTEXT = 2048
 
 # Median, sigma and most of log-normal token counts, of prompts and of answers. gsm8k's fit the
 # quantiles of that data set: 53/87/163 and 88/153/325 at the median, 90th percentile and maximum.
@@ -70,19 +67,7 @@ def _tokens(chance: random.Random, count: int) -> list[int]:
 def make_model() -> Model:
     """A model without a tokenizer and without an end-of-sequence token."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=12,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=CONTEXT,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model = LlamaForCausalLM(prototype_config()).to(torch.bfloat16).eval()
     model.generation_config = GenerationConfig()
     return Model(
         model=model,
@@ -91,7 +76,7 @@ def make_model() -> Model:
         vocabulary=Vocabulary(lambda ids: "", VOCABULARY_SIZE, {}, frozenset()),
         pad_id=0,
         num_embeddings=VOCABULARY_SIZE,
-        context_length=CONTEXT,
+        context_length=model.config.max_position_embeddings,
         num_parameters=model.num_parameters(),
         num_weight_bytes=0,
         dtype=torch.bfloat16,

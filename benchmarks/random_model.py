@@ -12,12 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 VOCABULARY_SIZE = 8192
 
 
-def make_random_llama(
-    folder: Path, texts: Iterable[str], dtype: torch.dtype = torch.bfloat16
-) -> Path:
-    """Llama, 12 layers, hidden 576, 9 heads, 3 KV heads, intermediate 1536, 8,192 tokens: 47M."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def prototype_config() -> LlamaConfig:
+    """12 layers, hidden 576, 9 heads, 3 KV heads, intermediate 1536, 8,192 tokens: 47M."""
+    return LlamaConfig(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=576,
         intermediate_size=1536,
@@ -30,7 +27,14 @@ def make_random_llama(
         eos_token_id=0,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config).to(dtype)
+
+
+def make_random_llama(
+    folder: Path, texts: Iterable[str], dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """A folder with the prototype's model, and a tokenizer for texts like these."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(prototype_config()).to(dtype)
     # Larger than they come, so that answers differ and a change of one shows.
     with torch.no_grad():
         for parameter in model.parameters():
