@@ -42,9 +42,10 @@ def write_job(folder: Path, model: Path, table: pa.Table, **blocks: Mapping[str,
 
 
 def questions(count: int) -> pa.Table:
-    """Prompts of different lengths and a number to know them by."""
+    """Prompts of different lengths, a number to know them by, and a type that much cannot do."""
     texts = [f"Question: {'If ' * (n % 5)}{n} apples cost {n * 7 % 13}?" for n in range(count)]
-    return pa.table({"q": texts, "n": list(range(count))})
+    views = pa.array(texts, pa.string_view())
+    return pa.table({"q": texts, "n": list(range(count)), "view": views})
 
 
 @dataclass(frozen=True)
