@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Runs every check:  ./run_tests.sh [options of pytest, such as -k NAME]
+#                    ./run_tests.sh --faults [options]     the long set instead
 #
 # Makes .venv first if it is not there. Stops at the first check that fails, with its exit code.
 # SHARDMILL_PYTHON=/path/to/python uses that environment instead.
@@ -20,4 +21,8 @@ cd -- "$root"
 check ruff check .
 check ruff format --check .
 check mypy
-check pytest -q "$@"
+if [[ "${1:-}" == --faults ]]; then
+  check pytest -q -rs -m faults "${@:2}"
+else
+  check pytest -q -rs "$@"
+fi

@@ -41,11 +41,12 @@ def make_random_llama(
             if parameter.ndim == 2:
                 parameter.mul_(2.5)
     model.save_pretrained(folder)
-    _tokenizer(texts).save_pretrained(folder)
+    train_tokenizer(texts).save_pretrained(folder)
     return folder
 
 
-def _tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of `VOCABULARY_SIZE` byte pieces."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -10,17 +10,25 @@ import errno
 import json
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from jobs import __version__
+from jobs.bench_command import bench
+from jobs.durations import parse_duration
+from jobs.job_options import JOB as _JOB
+from jobs.job_options import SET as _SET
+from jobs.job_options import as_overrides as _overrides
+from jobs.job_options import job_options as _job_options
+from jobs.submit_command import submit
+from jobs.terminal import log_to_stderr, print_facts, to_json
 from pipeline.errors import DamagedOutputError, OutputError, ShardmillError, StoppedError
+from pipeline.records import FinishReason
 
 if TYPE_CHECKING:
     from jobs.config import JobConfig
@@ -29,21 +37,37 @@ if TYPE_CHECKING:
 BUG = 70
 KILLED = 130
 
-_JOB = click.argument("job", type=click.Path(dir_okay=False, path_type=Path), metavar="JOB.yaml")
 _FOLDER = click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
-_SET = click.option(
-    "--set", "overrides", multiple=True, metavar="A.B=V", help="Change one setting."
-)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 
 
-def _job_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that change the job, the same for every command that takes one."""
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of a command that has workers generate."""
     for option in (
-        click.option("--workers", type=click.IntRange(1), help="Same as --set workers.count=N."),
-        click.option("--limit", type=click.IntRange(1), help="Only the first N input rows."),
-        click.option("--output", type=click.Path(), help="Run folder, instead of the job file's."),
-        _SET,
+        _JSON,
+        click.option("--quiet", is_flag=True, help="Print warnings and errors only."),
+        click.option(
+            "--log-file", type=click.Path(path_type=Path), help="Also write the log there."
+        ),
+        click.option(
+            "--ray-address", envvar="RAY_ADDRESS", help="Join this cluster.  [env RAY_ADDRESS]"
+        ),
+        click.option(
+            "--grace",
+            callback=_seconds,
+            default="60s",
+            metavar="TIME",
+            help="Time to commit in when stopping. [60s]",
+        ),
+        click.option(
+            "--max-walltime",
+            callback=_seconds,
+            metavar="TIME",
+            help="Stop after this long, such as 2h.",
+        ),
+        click.option(
+            "--stop-file", type=click.Path(path_type=Path), help="Stop when this file appears."
+        ),
     ):
         command = option(command)
     return command
@@ -53,11 +77,21 @@ def _seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> f
     """`90`, `45s`, `30m`, `2h`, `1h30m` as seconds."""
     if value is None:
         return None
-    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", value.strip())
-    if not match or not match[0]:
-        raise click.BadParameter(f"'{value}' is no duration such as 45s, 30m, 2h or 1h30m")
-    days, hours, minutes, seconds = (int(group or 0) for group in match.groups())
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+    try:
+        return parse_duration(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _retryable(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[FinishReason, ...]:
+    """`error,length` as finish reasons."""
+    names = [name.strip() for name in value.split(",")] if value is not None else []
+    known = (FinishReason.ERROR, FinishReason.LENGTH)
+    if unknown := set(names) - {reason.value for reason in known}:
+        raise click.BadParameter(f"'{min(unknown)}' is neither error nor length")
+    return tuple(reason for reason in known if reason.value in names)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -77,21 +111,10 @@ def cli() -> None:
 @_job_options
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; run nothing.")
 @click.option("--fresh", is_flag=True, help="Move the old run folder aside and start over.")
-@click.option("--stop-file", type=click.Path(path_type=Path), help="Stop when this file appears.")
 @click.option(
-    "--max-walltime", callback=_seconds, metavar="TIME", help="Stop after this long, such as 2h."
+    "--ray-nodes", type=click.IntRange(1), help="Wait until so many nodes have joined the cluster."
 )
-@click.option(
-    "--grace",
-    callback=_seconds,
-    default="60s",
-    metavar="TIME",
-    help="Time to commit in when stopping. [60s]",
-)
-@click.option("--ray-address", envvar="RAY_ADDRESS", help="Join this cluster.  [env RAY_ADDRESS]")
-@click.option("--log-file", type=click.Path(path_type=Path), help="Also write the log there.")
-@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
-@_JSON
+@_run_options
 def run(
     job: Path,
     overrides: tuple[str, ...],
@@ -100,6 +123,7 @@ def run(
     workers: int | None,
     dry_run: bool,
     fresh: bool,
+    ray_nodes: int | None,
     stop_file: Path | None,
     max_walltime: float | None,
     grace: float,
@@ -114,14 +138,16 @@ def run(
     from jobs.texts import run_text
 
     config = load_job(job, _overrides(overrides, output, limit, workers))
+    if ray_nodes is not None and ray_address is None:
+        raise click.UsageError("--ray-nodes needs --ray-address")
     if dry_run:
         _show_plan(config, as_json, must_run=ray_address is None)
         return
-    _log_to_stderr(logging.WARNING if quiet else logging.INFO, log_file)
-    options = RunOptions(fresh, stop_file, max_walltime, grace, ray_address)
+    log_to_stderr(logging.WARNING if quiet else logging.INFO, log_file)
+    options = RunOptions(fresh, stop_file, max_walltime, grace, ray_address, ray_nodes)
     summary = run_job(config, options, _reporter(quiet))
     if not quiet or as_json:
-        _print(summary, run_text, as_json)
+        print_facts(summary, run_text, as_json)
 
 
 @cli.command()
@@ -139,7 +165,7 @@ def plan(
     """Show what a job would do; run and write nothing."""
     from jobs.config import load_job
 
-    _log_to_stderr(logging.WARNING)
+    log_to_stderr(logging.WARNING)
     _show_plan(load_job(job, _overrides(overrides, output, limit, workers)), as_json)
 
 
@@ -153,25 +179,28 @@ def try_(job: Path, overrides: tuple[str, ...], num_rows: int, as_json: bool) ->
     from jobs.config import load_job
     from jobs.trial import try_job
 
-    _log_to_stderr(logging.WARNING)
+    log_to_stderr(logging.WARNING)
     config = load_job(job, overrides)
     show = _discard if as_json else _echo_now
     tried = try_job(config, num_rows, show)
     if as_json:
-        click.echo(_as_json(tried))
+        click.echo(to_json(tried))
 
 
 @cli.command()
 @_FOLDER
 @click.option("--exit-code", is_flag=True, help="Exit with 75 while the job is not complete.")
+@click.option("--watch", is_flag=True, help="Show it again every 2 s until the job is complete.")
 @_JSON
-def status(folder: Path, exit_code: bool, as_json: bool) -> None:
+def status(folder: Path, exit_code: bool, watch: bool, as_json: bool) -> None:
     """Show where a job stands, running or not."""
-    from jobs.status import read_status
+    from jobs.status import read_status, watch_status
     from jobs.texts import status_text
 
-    found = read_status(folder)
-    _print(found, status_text, as_json)
+    for found in watch_status(folder) if watch else [read_status(folder)]:
+        if watch and sys.stdout.isatty():
+            click.clear()
+        print_facts(found, status_text, as_json)
     if exit_code and not found.is_complete:
         sys.exit(StoppedError.exit_code)
 
@@ -185,9 +214,48 @@ def verify(folder: Path, as_json: bool) -> None:
     from jobs.verify import verify as verify_folder
 
     report = verify_folder(folder)
-    _print(report, verify_text, as_json, state=report.state)
+    print_facts(report, verify_text, as_json, state=report.state)
     codes = {"damaged": DamagedOutputError.exit_code, "incomplete": StoppedError.exit_code}
     sys.exit(codes.get(report.state, 0))
+
+
+@cli.command()
+@_FOLDER
+@click.option(
+    "--only",
+    callback=_retryable,
+    metavar="REASONS",
+    help="Rows with these finish reasons: error, length, or error,length. [error]",
+)
+@_SET
+@click.option("--fresh", is_flag=True, help="End an unfinished retry as it stands; start another.")
+@_run_options
+def retry(
+    folder: Path,
+    only: tuple[FinishReason, ...],
+    overrides: tuple[str, ...],
+    fresh: bool,
+    stop_file: Path | None,
+    max_walltime: float | None,
+    grace: float,
+    ray_address: str | None,
+    log_file: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Run the failed rows of a complete folder again, and put them in place.
+
+    Rows that were cut need more room: --only length --set generation.max_new_tokens=N.
+    """
+    from jobs.retry import retry_rows
+    from jobs.run import RunOptions
+    from jobs.texts import retry_text
+
+    log_to_stderr(logging.WARNING if quiet else logging.INFO, log_file)
+    options = RunOptions(fresh, stop_file, max_walltime, grace, ray_address)
+    summary = retry_rows(folder, only, overrides, options, _reporter(quiet))
+    if not quiet or as_json:
+        print_facts(summary, retry_text, as_json)
 
 
 @cli.command()
@@ -196,6 +264,10 @@ def schema() -> None:
     from jobs.config import job_schema
 
     click.echo(json.dumps(job_schema(), indent=2))
+
+
+cli.add_command(bench)
+cli.add_command(submit)
 
 
 def main() -> NoReturn:
@@ -215,31 +287,15 @@ def main() -> NoReturn:
     except BrokenPipeError:
         _close_stdout()
         sys.exit(0)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        _close_stdout()
-        click.echo("shardmill: standard output cannot be written: the disk is full", err=True)
-        sys.exit(OutputError.exit_code)
-    except Exception:  # noqa: BLE001 - the last resort; it is shown whole
+    except Exception as error:  # noqa: BLE001 - the last resort; it is shown whole
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _close_stdout()
+            click.echo("shardmill: standard output cannot be written: the disk is full", err=True)
+            sys.exit(OutputError.exit_code)
         traceback.print_exc()
         click.echo("shardmill: this is a bug in Shardmill; please report the lines above", err=True)
         sys.exit(BUG)
     sys.exit(0)
-
-
-def _overrides(
-    overrides: tuple[str, ...], output: str | None, limit: int | None, workers: int | None
-) -> list[str]:
-    """The short options as settings; they win over `--set`, being more particular."""
-    short = {"output.path": output, "input.limit": limit, "workers.count": workers}
-    # JSON is YAML, and quotes whatever a path may hold.
-    given = [
-        f"{key}={json.dumps(value, ensure_ascii=False)}"
-        for key, value in short.items()
-        if value is not None
-    ]
-    return [*overrides, *given]
 
 
 def _show_plan(config: JobConfig, as_json: bool, *, must_run: bool = False) -> None:
@@ -248,18 +304,7 @@ def _show_plan(config: JobConfig, as_json: bool, *, must_run: bool = False) -> N
 
     if must_run:
         check_can_run(config)
-    _print(plan_job(config), plan_text, as_json)
-
-
-def _print(facts: Any, text: Callable[[Any], str], as_json: bool, **more: object) -> None:
-    click.echo(_as_json(facts, **more) if as_json else text(facts))
-
-
-def _as_json(facts: Any, **more: object) -> str:
-    from pydantic import TypeAdapter
-
-    values = TypeAdapter(type(facts)).dump_python(facts, mode="json")
-    return json.dumps(values | more if more else values, indent=2)
+    print_facts(plan_job(config), plan_text, as_json)
 
 
 def _reporter(quiet: bool) -> Reporter:
@@ -277,25 +322,6 @@ def _echo_now(text: str) -> None:
 
 def _discard(text: str) -> None:
     pass
-
-
-def _log_to_stderr(level: int, log_file: Path | None = None) -> None:
-    from jobs.logs import terminal_handler
-
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    root.addHandler(terminal_handler(sys.stderr, level))
-    if log_file is not None:
-        root.addHandler(_file_handler(log_file))
-
-
-def _file_handler(path: Path) -> logging.Handler:
-    from jobs.logs import log_handler
-
-    try:
-        return log_handler(path)
-    except OSError as error:
-        raise click.BadParameter(f"cannot write '{path}': {error.strerror}") from None
 
 
 def _close_stdout() -> None:

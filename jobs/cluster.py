@@ -5,33 +5,47 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray._raylet import (  # type: ignore[attr-defined]
+    AuthenticationMode,
+    get_authentication_mode,
+)
 
 from jobs.config import WorkersSettings
-from pipeline.checkpoint import fetch
+from jobs.private_ray import private_ray
 from pipeline.errors import ResourceError
-from pipeline.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
-
-DOWNLOAD_TIMEOUT = 6 * 3600.0
-"""Seconds for a model to arrive on every node."""
 
 OBJECT_STORE_BYTES = 80 * 1024**2
 """Near Ray's minimum: nothing but paths and counts goes through the object store."""
 
+_VITAL = frozenset({"gcs_server", "raylet"})
+
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What the cluster has in all."""
+    """What the cluster has.
+
+    Attributes:
+        gpus: of each node.
+    """
 
     num_cpus: int
-    num_gpus: int
+    gpus: tuple[int, ...]
+
+    @property
+    def num_gpus(self) -> int:
+        """Of all nodes together."""
+        return sum(self.gpus)
+
+    def room_for(self, num_gpus: int) -> int:
+        """Workers that find so many GPUs on one node."""
+        return sum(gpus // num_gpus for gpus in self.gpus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +55,23 @@ class WorkerShape:
     Attributes:
         num_cpus: below 1 when there are more workers than cores.
         num_threads: threads of one worker's torch.
+        most: workers there may be when the cluster grows.
+        num_per_node: workers that share a node at least.
     """
 
     count: int
     num_gpus: int
     num_cpus: float
     num_threads: int
+    most: int
+    num_per_node: int = 1
+
+    def places(self, resources: Resources) -> int:
+        """Workers that a cluster has room for, as many as there may be."""
+        room = int(resources.num_cpus // self.num_cpus)
+        if self.num_gpus:
+            room = resources.room_for(self.num_gpus)
+        return min(self.most, room)
 
 
 @contextmanager
@@ -56,17 +81,36 @@ def ray_cluster(address: str | None) -> Iterator[Resources]:
     Raises:
         ResourceError: there is no cluster at the address, or Ray does not start.
     """
-    try:
-        with _without_rays_signal_handler():
-            _connect(address)
-    except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
-        where = f"at {address}" if address else "on this machine"
-        raise ResourceError(f"cannot reach a Ray cluster {where}: {_first_line(error)}") from error
-    try:
-        total = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        yield Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)))
-    finally:
-        ray.shutdown()
+    if address is not None and address.startswith("ray://"):
+        raise ResourceError(
+            f"cannot use {address}: Ray's client protocol keeps the driver off the cluster; start "
+            "`shardmill run` on a node of the cluster, with the address of its head as host:port"
+        )
+    with nullcontext() if address else private_ray() as folder:
+        try:
+            with _without_rays_signal_handler():
+                _connect(address, folder)
+        except Exception as error:  # a bare one when a part of it ends during its start
+            where = f"at {address}" if address else "on this machine"
+            reason = _first_line(error)
+            raise ResourceError(f"cannot reach a Ray cluster {where}: {reason}") from error
+        try:
+            yield resources()
+        finally:
+            ray.shutdown()
+
+
+def resources() -> Resources:
+    """What the cluster has in all, now."""
+    nodes = [
+        node["Resources"]
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"]
+    ]
+    return Resources(
+        num_cpus=int(sum(node.get("CPU", 0) for node in nodes)),
+        gpus=tuple(int(node.get("GPU", 0)) for node in nodes),
+    )
 
 
 @contextmanager
@@ -84,54 +128,54 @@ def _without_rays_signal_handler() -> Iterator[None]:
         ray._private.utils.set_sigterm_handler = install
 
 
-def _connect(address: str | None) -> None:
+def _connect(address: str | None, folder: Path | None) -> None:
+    """Joins, or starts a Ray that keeps its sockets and logs in the folder."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without this Ray tells of each lost worker on standard output, whatever log_to_driver says.
+    ray._private.worker._worker_logs_enabled = False
     # A worker that is given no GPU must not see one.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        if get_authentication_mode() != AuthenticationMode.TOKEN:
+            logger.warning(
+                "the cluster at %s is joined without a token: if it asks for none, whoever reaches "
+                "it can run code there (docs/security.md)",
+                address,
+            )
         return
     ray.init(
         address="local",  # never some other cluster that happens to be found
         num_cpus=num_cores(),
         include_dashboard=False,
+        _temp_dir=str(folder),
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
 
 
+def check_ray() -> None:
+    """Refuses to go on when the Ray that this process has started is gone.
+
+    Ray itself would wait for room on a node that does not come back, and ends this process with
+    code 1 and no exception a minute after its head has died.
+
+    Raises:
+        ResourceError: with what has ended.
+    """
+    node = ray._private.worker._global_node
+    ended = _VITAL & {str(kind) for kind, _ in node.dead_processes()} if node else _VITAL
+    if ended:
+        raise ResourceError(
+            f"Ray's {min(ended)} has ended, killed or out of memory; what was committed is kept, "
+            "and the same command continues"
+        )
+
+
 def num_cores() -> int:
     """The cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def fetch_on_every_node(settings: ModelSettings) -> None:
-    """Downloads a hub model once per node, so that its workers find it and do not race for it.
-
-    This node has it already: the job was checked against it.
-    """
-    others = [
-        node["NodeID"]
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
-        if node["Alive"] and node["NodeID"] != ray.get_runtime_context().get_node_id()
-    ]
-    if not others or Path(settings.path).is_dir():
-        return
-    download = ray.remote(fetch)
-    calls = [
-        download.options(
-            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-        ).remote(settings)
-        for node in others
-    ]
-    try:
-        ray.get(calls, timeout=DOWNLOAD_TIMEOUT)
-    except ray.exceptions.GetTimeoutError:
-        raise ResourceError(
-            f"model.path {settings.path} was not downloaded on every node in "
-            f"{DOWNLOAD_TIMEOUT:.0f} s; download it to a shared folder and name that"
-        ) from None
 
 
 def shape_workers(settings: WorkersSettings, resources: Resources, num_shards: int) -> WorkerShape:
@@ -142,24 +186,43 @@ def shape_workers(settings: WorkersSettings, resources: Resources, num_shards: i
     are never more workers than shards: a worker without one would load a model for nothing.
 
     Raises:
-        ResourceError: the job asks for more GPUs than there are.
+        ResourceError: the job asks for more GPUs than there are, or than a node has.
     """
     num_gpus = settings.gpus_per_worker
     if num_gpus == "auto":
         num_gpus = 1 if resources.num_gpus else 0
     if num_gpus:
-        wanted = max(1, _wanted(settings, resources.num_gpus // num_gpus))
-        if wanted * num_gpus > resources.num_gpus:
-            raise ResourceError(
-                f"workers.count {settings.count} with workers.gpus_per_worker {num_gpus} needs "
-                f"{wanted * num_gpus} GPUs, and there are {resources.num_gpus}; lower either, or "
-                "set workers.gpus_per_worker to 0 to run on CPU"
-            )
-        return WorkerShape(min(wanted, num_shards), num_gpus, num_cpus=1, num_threads=1)
+        room = resources.room_for(num_gpus)
+        wanted = max(1, _wanted(settings, room))
+        if wanted > room:
+            raise ResourceError(_no_gpus(settings, num_gpus, wanted, resources))
+        count = min(wanted, num_shards)
+        most = num_shards if settings.count == "auto" else count
+        beside = min(count, max(gpus // num_gpus for gpus in resources.gpus))
+        return WorkerShape(count, num_gpus, 1, num_threads=1, most=most, num_per_node=beside)
     cores = max(1, resources.num_cpus)
     count = min(_wanted(settings, cores // max(1, cores // 8)), num_shards)
     num_cpus = cores // count if count <= cores else cores / count
-    return WorkerShape(count, 0, num_cpus, num_threads=max(1, cores // count))
+    return WorkerShape(
+        count,
+        num_gpus=0,
+        num_cpus=num_cpus,
+        num_threads=max(1, cores // count),
+        most=num_shards if settings.count == "auto" else count,
+        num_per_node=max(1, count // len(resources.gpus)),
+    )
+
+
+def _no_gpus(settings: WorkersSettings, num_gpus: int, wanted: int, resources: Resources) -> str:
+    there = f"there are {resources.num_gpus}"
+    if wanted * num_gpus <= resources.num_gpus:
+        of_nodes = ", ".join(map(str, resources.gpus))
+        there = f"a worker takes all of its from one node, which have {of_nodes}"
+    return (
+        f"workers.count {settings.count} with workers.gpus_per_worker {num_gpus} needs "
+        f"{wanted * num_gpus} GPUs, and {there}; lower either, or set workers.gpus_per_worker to 0 "
+        "to run on CPU"
+    )
 
 
 def _wanted(settings: WorkersSettings, most: int) -> int:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from jobs.cluster_settings import ClusterSettings
 from jobs.inputs import InputSettings
 from pipeline.errors import JobFileError
 from pipeline.settings import (
@@ -49,7 +50,9 @@ class WorkersSettings(Settings):
         default="auto", description="Workers; auto fills the machine or the cluster."
     )
     gpus_per_worker: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
-        default="auto", description="GPUs of one worker; auto is 1 where there are GPUs, else 0."
+        default="auto",
+        description="GPUs of one worker, over which its model is spread; auto is 1 where there are "
+        "GPUs, else 0.",
     )
 
 
@@ -88,6 +91,7 @@ class JobConfig(Settings):
     output: OutputSettings
     workers: WorkersSettings = WorkersSettings()
     failure: FailureSettings = FailureSettings()
+    cluster: ClusterSettings = ClusterSettings()
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -102,12 +106,26 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
     """
     values = _read_yaml(path)
     _make_paths_absolute(values, path.absolute().parent)
+    return build_job(values, overrides, path)
+
+
+def build_job(values: dict[str, Any], overrides: Sequence[str], source: Path) -> JobConfig:
+    """The job that these blocks of settings and overrides make.
+
+    Args:
+        values: changed in place; paths in it are absolute.
+        overrides: see `load_job`.
+        source: where the values are from, for messages.
+
+    Raises:
+        JobFileError: with one line for every mistake.
+    """
     for override in overrides:
         _apply(values, override)
     try:
         return JobConfig.model_validate(values)
     except ValidationError as error:
-        raise JobFileError("\n".join(_sentences(path, error))) from None
+        raise JobFileError("\n".join(_sentences(source, error))) from None
 
 
 def job_schema() -> dict[str, Any]:
@@ -202,12 +220,24 @@ def _make_paths_absolute(values: dict[str, Any], base: Path) -> None:
         ("input", "path", absolute),
         ("input", "dataset", folder_if_there),
         ("model", "path", folder_if_there),
+        ("model", "adapter", folder_if_there),
         ("output", "path", absolute),
     ):
         settings = values.get(block)
         if isinstance(settings, dict) and key in settings:
-            value = settings[key]
-            settings[key] = [change(v) for v in value] if isinstance(value, list) else change(value)
+            settings[key] = _changed(settings[key], change)
+
+
+def _changed(value: object, change: Callable[[object], object]) -> object:
+    """A path changed, or those in a list, or those that a block has as `path` and `paths`."""
+    if isinstance(value, list):
+        return [change(part) for part in value]
+    if not isinstance(value, dict):
+        return change(value)
+    changed = {key: change(part) if key == "path" else part for key, part in value.items()}
+    if isinstance(value.get("paths"), dict):
+        changed["paths"] = {name: change(part) for name, part in value["paths"].items()}
+    return changed
 
 
 def _sentences(path: Path, error: ValidationError) -> Iterator[str]:
@@ -221,7 +251,8 @@ def _sentences(path: Path, error: ValidationError) -> Iterator[str]:
 
 def _setting_name(location: tuple[int | str, ...]) -> str:
     """`a.b` or `a.b[2]`, without the names of union members that pydantic appends."""
-    name, model = "", JobConfig
+    name = ""
+    model: type[BaseModel] | None = JobConfig
     for key in location:
         if isinstance(key, int):
             name += f"[{key}]"
@@ -229,9 +260,16 @@ def _setting_name(location: tuple[int | str, ...]) -> str:
             name = f"{name}.{key}" if name else key
             field = model.model_fields.get(key)
             annotation = field.annotation if field else None
-            is_block = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-            model = annotation if is_block else None  # type: ignore[assignment]
+            model = _block_of(annotation)
     return name
+
+
+def _block_of(annotation: object) -> type[BaseModel] | None:
+    """The block that a setting is, or may be."""
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part
+    return None
 
 
 def _sentence(setting: str, details: list[Any]) -> str:
@@ -260,9 +298,11 @@ def _unknown(setting: str) -> str:
     block, _, key = setting.rpartition(".")
     known = dict(_all_settings(JobConfig))
     siblings = [name for name in known if name.rpartition(".")[0] == block]
-    near = difflib.get_close_matches(setting, siblings, n=1, cutoff=0.6) or [
-        name for name in known if name.rpartition(".")[2] == key
-    ]
+    keys = [name.rpartition(".")[2] for name in siblings]
+    near = [
+        siblings[keys.index(match)]
+        for match in difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    ] or [name for name in known if name.rpartition(".")[2] == key]
     if not near:
         leaves = {name.rpartition(".")[2]: name for name in known}
         near = [leaves[leaf] for leaf in difflib.get_close_matches(key, leaves, n=1, cutoff=0.75)]
@@ -274,8 +314,9 @@ def _unknown(setting: str) -> str:
 def _all_settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}", field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _all_settings(field.annotation, f"{prefix}{name}.")
+        block = _block_of(field.annotation)
+        if block is not None:
+            yield from _all_settings(block, f"{prefix}{name}.")
 
 
 def _known(model: type[BaseModel]) -> str:

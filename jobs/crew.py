@@ -6,29 +6,50 @@ Everything that asks Ray for a result is in `Crew.wait`, which never waits longe
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
-from jobs.cluster import WorkerShape
+from jobs.cluster import WorkerShape, check_ray, resources
 from jobs.logs import FILE_ONLY
-from jobs.worker import CONCURRENCY, SHARDS_IN_FLIGHT, Worker, WorkerSpec
+from jobs.member import Member
+from jobs.progress import WorkerMetrics
+from jobs.worker import OTHER_CALLS, Worker, WorkerSpec
 from pipeline.errors import ResourceError, ShardmillError
-from pipeline.outcome import Progress, ShardOutcome, WorkerInfo
-from pipeline.records import Shard
+from pipeline.outcome import ShardOutcome, WorkerInfo
+from pipeline.records import RowRange, Shard
 from pipeline.segments import Totals
 
 logger = logging.getLogger(__name__)
 
 PLACE_TIMEOUT = 300.0
-"""Seconds for Ray to find room for a worker's process and start it."""
+"""Seconds for Ray to find room for one worker's process at least, and start it."""
+
+DOWNLOAD_TIMEOUT = 6 * 3600.0
+"""Seconds for a model to arrive on a node."""
 
 LOAD_TIMEOUT = 3600.0
 """Seconds to load a model: hundreds of gigabytes from a slow disk fit in."""
+
+REFRESH_TIMEOUT = 5.0
+"""Seconds to wait for the last answer how far the workers are."""
+
+STARTING = ("place", "fetch", "load")
+"""What is asked of a worker before it is ready, in this order."""
+
+GROWTH_INTERVAL = 10.0
+"""Seconds between two looks whether the cluster has got bigger."""
 
 POLL_INTERVAL = 1.0
 """Seconds between two questions to a worker how far it is."""
@@ -62,34 +83,6 @@ class WorkerLost:
 Event = ShardDone | WorkerReady | WorkerLost
 
 
-@dataclass(eq=False)
-class _Member:
-    """A worker's place, and the actor that fills it now.
-
-    Attributes:
-        calls: what has been asked of the actor: the method, and the shard for `run`.
-        is_alone: whether it holds one shard and shall be given no other beside it.
-        moved_at: monotonic seconds when it last got on.
-        start_at: monotonic seconds when a new actor may be started.
-    """
-
-    index: int
-    actor: Any = None
-    calls: dict[Any, tuple[str, Shard | None]] = field(default_factory=dict)
-    is_ready: bool = False
-    progress: Progress = field(default_factory=Progress)
-    is_alone: bool = False
-    moved_at: float = 0.0
-    polled_at: float = 0.0
-    start_at: float = 0.0
-
-    def shards(self) -> list[Shard]:
-        return [shard for _, shard in self.calls.values() if shard is not None]
-
-    def is_asked(self, method: str) -> bool:
-        return any(name == method for name, _ in self.calls.values())
-
-
 class Crew:
     """All workers of a run.
 
@@ -102,8 +95,15 @@ class Crew:
         self._spec = spec
         self._shape = shape
         self._stall_timeout = stall_timeout
-        self._members = [_Member(index) for index in range(shape.count)]
-        self._generated_before = 0  # by actors that are gone
+        self._shards_in_flight = spec.shards_in_flight
+        self._members = [Member(index) for index in range(shape.count)]
+        self._had_room_at: float | None = None
+        self._looked_at = time.monotonic()
+
+    @property
+    def num_workers(self) -> int:
+        """Workers there are to be, ready or not."""
+        return len(self._members)
 
     @property
     def num_ready(self) -> int:
@@ -116,11 +116,6 @@ class Crew:
         return sum(len(member.shards()) for member in self._members)
 
     @property
-    def num_commits(self) -> int:
-        """Segments that the present actors have published."""
-        return sum(member.progress.num_commits for member in self._members)
-
-    @property
     def interim(self) -> Totals:
         """What is committed of shards that workers hold."""
         return sum((member.progress.interim for member in self._members), Totals())
@@ -128,34 +123,61 @@ class Crew:
     @property
     def num_generated_tokens(self) -> int:
         """Tokens generated in this run."""
-        return self._generated_before + sum(m.progress.num_generated_tokens for m in self._members)
+        return sum(member.metrics.num_generated_tokens for member in self._members)
+
+    def metrics(self) -> list[WorkerMetrics]:
+        """What each worker has done in this run."""
+        return [WorkerMetrics(m.index, m.info, m.metrics, m.progress.peak) for m in self._members]
 
     def free_places(self) -> Iterator[int]:
         """The worker for each shard that can be handed out now, the emptiest first."""
-        for depth in range(SHARDS_IN_FLIGHT):
+        for depth in range(self._shards_in_flight):
             for member in self._members:
                 if member.is_ready and not member.is_alone and len(member.shards()) <= depth:
                     yield member.index
 
-    def least_busy(self) -> tuple[int, int] | None:
-        """The ready worker that holds the fewest shards, and how many; None if there is none."""
-        ready = [member for member in self._members if member.is_ready and not member.is_alone]
-        held = [(len(member.shards()), member.index) for member in ready]
+    def least_busy(self, avoid: int) -> tuple[int, int] | None:
+        """The worker that holds the fewest shards, and how many; None if all run one alone.
+
+        Args:
+            avoid: a worker that is not taken as long as another one is ready; best one on
+                another node.
+        """
+        ready = [member for member in self._members if member.is_ready]
+        others = [member for member in ready if member.index != avoid] or ready
+        bad_node = self._members[avoid].node
+        elsewhere = [member for member in others if member.node != bad_node] or others
+        held = [(len(member.shards()), member.index) for member in elsewhere if not member.is_alone]
         return (min(held)[1], min(held)[0]) if held else None
 
-    def hand(self, worker: int, shard: Shard, *, alone: bool = False) -> None:
-        """Gives a shard to a worker; `alone` keeps others away until it has answered."""
+    def hand(self, worker: int, shard: Shard, rows: RowRange | None = None) -> None:
+        """Gives a shard to a worker; one of which it gets `rows` only has it to itself."""
         member = self._members[worker]
-        member.is_alone = alone
+        member.is_alone = rows is not None
         if not member.shards():
             member.moved_at = time.monotonic()
-        self._ask(member, "run", shard)
+        self._ask(member, "run", shard, rows)
 
     def start(self) -> None:
-        """Starts an actor in every empty place whose time has come."""
+        """Starts an actor in every empty place whose time has come.
+
+        Raises:
+            ResourceError: there is no Ray any more.
+        """
+        check_ray()
+        self._grow()
         for member in self._members:
             if member.actor is None and time.monotonic() >= member.start_at:
                 self._start(member)
+
+    def _grow(self) -> None:
+        """Makes places on nodes that have joined; those of nodes that leave are kept for others."""
+        if time.monotonic() - self._looked_at < GROWTH_INTERVAL:
+            return
+        self._looked_at = time.monotonic()
+        for index in range(len(self._members), self._shape.places(resources())):
+            logger.info("worker %d: the cluster has room for it now", index)
+            self._members.append(Member(index))
 
     def wait(self, timeout: float) -> list[Event]:
         """What has happened, waiting at most `timeout` seconds for the first thing.
@@ -164,6 +186,7 @@ class Crew:
             ShardmillError: a worker met a condition that is the user's to mend.
         """
         self._poll()
+        self._check_room()
         members = {ref: member for member in self._members for ref in member.calls}
         if not members:
             time.sleep(timeout)
@@ -173,6 +196,15 @@ class Crew:
             ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         events = [event for ref in ready for event in self._settle(members[ref], ref)]
         return events + [event for member in self._members for event in self._overdue(member)]
+
+    def refresh(self) -> None:
+        """Asks every worker once more how far it is, and waits a little for the answers."""
+        for member in self._members:
+            member.polled_at = -POLL_INTERVAL
+        self.wait(0.0)
+        deadline = time.monotonic() + REFRESH_TIMEOUT
+        while any(m.is_asked("progress") for m in self._members) and time.monotonic() < deadline:
+            self.wait(0.1)
 
     def drain(self) -> None:
         """Asks every worker to commit what is finished and to answer for its shards."""
@@ -186,11 +218,11 @@ class Crew:
             if member.actor is not None:
                 ray.kill(member.actor, no_restart=True)
 
-    def _start(self, member: _Member) -> None:
+    def _start(self, member: Member) -> None:
         options = {
             "num_cpus": self._shape.num_cpus,
             "num_gpus": self._shape.num_gpus,
-            "max_concurrency": CONCURRENCY,
+            "max_concurrency": self._shards_in_flight + OTHER_CALLS,
             # At most once: the driver hands a shard out again itself, so that a lost answer
             # is not a second run.
             "max_restarts": 0,
@@ -200,8 +232,14 @@ class Crew:
         member.moved_at = time.monotonic()
         self._ask(member, "place")
 
-    def _ask(self, member: _Member, method: str, shard: Shard | None = None) -> None:
-        arguments = () if shard is None else (shard,)
+    def _ask(
+        self,
+        member: Member,
+        method: str,
+        shard: Shard | None = None,
+        rows: RowRange | None = None,
+    ) -> None:
+        arguments = () if shard is None else (shard, rows)
         member.calls[getattr(member.actor, method).remote(*arguments)] = (method, shard)
 
     def _poll(self) -> None:
@@ -212,7 +250,7 @@ class Crew:
                 member.polled_at = now
                 self._ask(member, "progress")
 
-    def _settle(self, member: _Member, ref: Any) -> list[Event]:
+    def _settle(self, member: Member, ref: Any) -> list[Event]:
         """Takes the answer to one call."""
         if ref not in member.calls:
             return []  # went with the actor, a moment ago
@@ -221,7 +259,10 @@ class Crew:
             answer = ray.get(ref)
         except RayTaskError as error:
             if isinstance(error.cause, ShardmillError):
-                raise error.cause from None
+                if method not in STARTING or not self.num_ready:
+                    raise error.cause from None
+                self._give_up(member, error.cause)
+                return []
             logger.error(
                 "worker %d raised in %s:\n%s", member.index, method, error, extra=FILE_ONLY
             )
@@ -230,47 +271,80 @@ class Crew:
             logger.error(
                 "worker %d was lost in %s:\n%s", member.index, method, error, extra=FILE_ONLY
             )
-            return [self._lose(member, type(error).__name__)]
+            return [self._lose(member, _cause(error))]
         del member.calls[ref]
         return self._take(member, method, shard, answer)
 
-    def _take(self, member: _Member, method: str, shard: Shard | None, answer: Any) -> list[Event]:
+    def _give_up(self, member: Member, cause: ShardmillError) -> None:
+        """Does without a worker that cannot start where others can, for the rest of the run."""
+        logger.warning("worker %d is done without: %s", member.index, cause)
+        ray.kill(member.actor, no_restart=True)
+        self._members[member.index] = replace(member.emptied(), start_at=math.inf)
+
+    def _take(self, member: Member, method: str, shard: Shard | None, answer: Any) -> list[Event]:
         if method == "place":
+            member.node, member.moved_at = answer, time.monotonic()
+            self._ask(member, "fetch")
+        elif method == "fetch":
             member.moved_at = time.monotonic()
             self._ask(member, "load")
         elif method == "load":
-            member.is_ready = True
+            member.is_ready, member.info = True, answer
             return [WorkerReady(member.index, answer)]
         elif method == "progress":
+            if answer.num_commits > member.progress.num_commits:
+                member.num_losses = 0
             if answer != member.progress:
-                member.progress, member.moved_at = answer, time.monotonic()
+                member.moved_at = time.monotonic()
+            member.progress = answer
         elif shard is not None:
             member.moved_at = time.monotonic()
             member.is_alone = False
+            member.num_losses = 0
             return [ShardDone(shard, answer)]
         return []
 
-    def _overdue(self, member: _Member) -> list[Event]:
+    def _check_room(self) -> None:
+        """Gives up when no worker at all has found room for too long.
+
+        While others work, one that finds none waits for it: its node may come back.
+        """
+        now = time.monotonic()
+        if self._had_room_at is None or any(member.has_room for member in self._members):
+            self._had_room_at = now
+        elif now - self._had_room_at > PLACE_TIMEOUT:
+            raise ResourceError(
+                f"Ray found no room for a worker with {self._shape.num_gpus} GPUs and "
+                f"{self._shape.num_cpus:g} CPUs in {PLACE_TIMEOUT:.0f} s; "
+                "lower workers.gpus_per_worker or wait until the cluster is less busy"
+            )
+
+    def _overdue(self, member: Member) -> list[Event]:
         """Loses a member that has not got on for too long."""
         silence = time.monotonic() - member.moved_at
         if member.is_asked("place") and silence > PLACE_TIMEOUT:
-            if self.num_ready == 0:
-                raise ResourceError(
-                    f"Ray found no room for a worker with {self._shape.num_gpus} GPUs and "
-                    f"{self._shape.num_cpus:g} CPUs in {PLACE_TIMEOUT:.0f} s; "
-                    "lower workers.gpus_per_worker or wait until the cluster is less busy"
-                )
-            return [self._lose(member, "Ray found no room for it")]
+            logger.warning("worker %d: no room for %.0f s; it waits", member.index, silence)
+            member.moved_at = time.monotonic()
+        if member.is_asked("fetch") and silence > DOWNLOAD_TIMEOUT:
+            return [self._lose(member, f"its model was not downloaded in {DOWNLOAD_TIMEOUT:.0f} s")]
         if member.is_asked("load") and silence > LOAD_TIMEOUT:
             return [self._lose(member, f"its model was not loaded in {LOAD_TIMEOUT:.0f} s")]
         if member.shards() and silence > self._stall_timeout:
             return [self._lose(member, f"it stood still for {self._stall_timeout:.0f} s")]
         return []
 
-    def _lose(self, member: _Member, cause: str) -> WorkerLost:
+    def _lose(self, member: Member, cause: str) -> WorkerLost:
         ray.kill(member.actor, no_restart=True)
         event = WorkerLost(member.index, tuple(member.shards()), cause)
         member.calls.clear()  # their answers are errors now, and the shards go elsewhere
-        self._generated_before += member.progress.num_generated_tokens
-        self._members[member.index] = _Member(member.index, start_at=time.monotonic() + 1.0)
+        self._members[member.index] = member.emptied()
         return event
+
+
+def _cause(error: RayError) -> str:
+    """Why a worker was lost, in words that can stand in the output."""
+    if isinstance(error, OutOfMemoryError):
+        return "its machine ran out of memory"
+    if isinstance(error, ActorUnavailableError):
+        return "it could not be reached"
+    return "its process died" if isinstance(error, RayActorError) else type(error).__name__

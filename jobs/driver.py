@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass
 
 from jobs.crew import Crew, Event, ShardDone, WorkerLost, WorkerReady
-from jobs.progress import Reporter, Snapshot
+from jobs.losses import Losses
+from jobs.progress import Rate, Reporter, Snapshot
 from jobs.recorder import Recorder
 from jobs.stop import StopRequest
+from jobs.suspects import Suspects
 from pipeline.errors import TooManyFailedRowsError, WorkerError
 from pipeline.records import Shard
 from pipeline.segments import Totals
@@ -23,12 +25,6 @@ logger = logging.getLogger(__name__)
 
 WAIT = 0.5
 """Seconds to wait for an event before looking at signals and limits again."""
-
-MAX_LOSSES_OF_SHARD = 3
-"""Workers that may be lost with the same shard before the run ends."""
-
-MAX_LOSSES_WITHOUT_COMMIT = 6
-"""Workers that may be lost one after the other with nothing committed in between."""
 
 
 def check_failed(totals: Totals, max_failed: int) -> None:
@@ -40,8 +36,9 @@ def check_failed(totals: Totals, max_failed: int) -> None:
     if totals.error > max_failed:
         raise TooManyFailedRowsError(
             f"{totals.error} rows ended in an error and failure.max_failed_rows allows "
-            f"{max_failed}; raise that and run the same command to keep them as they are, or mend "
-            "the cause and start over with --fresh"
+            f"{max_failed}; raise that and run the same command to keep them as they are "
+            "(`shardmill retry` runs them again later), or mend the cause and start over with "
+            "--fresh"
         )
 
 
@@ -53,6 +50,7 @@ class Driver:
         recorder: knows what is done and what is left.
         num_completions: of the whole job, done or not.
         max_failed: completions that may be errors.
+        num_generated_before: completions of the job that the recorder does not know of.
         grace: seconds that workers have to commit when the run is to stop.
     """
 
@@ -63,16 +61,17 @@ class Driver:
     stop: StopRequest
     reporter: Reporter
     grace: float
+    num_generated_before: int = 0
 
     def __post_init__(self) -> None:
         self._shards = self.recorder.shards_left()
         self._again: deque[Shard] = deque()
-        self._losses_of_shard: Counter[int] = Counter()
-        self._losses_in_a_row = 0
-        self._num_commits = 0
-        self._suspects: deque[Shard] = deque()
+        self._suspects = Suspects()
+        self._losses = Losses(self.crew.num_workers)
+        self._num_generated = self._committed().num_generated
+        self._has_generated = False
         self._is_handed_out = False
-        self._rate = _Rate()
+        self._rate = Rate()
         self._ready_at: float | None = None
 
     @property
@@ -89,13 +88,17 @@ class Driver:
             WorkerError: workers keep dying.
             ShardmillError: a worker met a condition that is the user's to mend.
         """
-        while not self._is_handed_out or self.crew.num_in_flight or self._again or self._suspects:
+        while self._is_other_left or self._suspects:
             self._check_limits()
             self.crew.start()
+            self._look_at_held_rows()
             self._hand_out()
             for event in self.crew.wait(WAIT):
                 self._handle(event)
+            self._look_for_success()
             self._report()
+        self.crew.refresh()
+        self._report()
 
     def _check_limits(self) -> None:
         if self.recorder.totals.error > self.max_failed:
@@ -106,7 +109,9 @@ class Driver:
             self.stop.check()
 
     def _hand_out(self) -> None:
-        reserved = self._hand_out_suspects()
+        # After many losses other shards come first: they show whether workers work at all.
+        are_suspects_due = not (self._losses.are_many and self._is_other_left)
+        reserved = self._hand_out_suspects() if are_suspects_due else None
         for worker in self.crew.free_places():
             if worker == reserved:
                 continue
@@ -116,14 +121,48 @@ class Driver:
                 return
             self.crew.hand(worker, shard)
 
+    @property
+    def _is_other_left(self) -> bool:
+        """Whether there is anything to do besides suspects, or a worker has something."""
+        return bool(not self._is_handed_out or self._again or self.crew.num_in_flight)
+
     def _hand_out_suspects(self) -> int | None:
         """Gives each suspect to a worker that holds nothing; the worker kept free for the next."""
-        while self._suspects:
-            worker, num_held = self.crew.least_busy() or (None, 0)
+        while suspect := self._suspects.next():
+            worker, num_held = self.crew.least_busy(suspect.worker) or (None, 0)
             if worker is None or num_held:
                 return worker
-            self.crew.hand(worker, self._suspects.popleft(), alone=True)
+            self._suspects.run(suspect)
+            self.crew.hand(worker, suspect.shard, suspect.rows)
         return None
+
+    def _look_at_held_rows(self) -> None:
+        """Tries them again where no other row is left to show whether workers work."""
+        if self._is_other_left or not self._suspects.held:
+            return
+        if self._suspects.are_all_held and not self._num_generated + self.num_generated_before:
+            first = self._suspects.held[0]
+            raise WorkerError(
+                f"no row of this job was ever done, and workers were lost with row {first.row_id} "
+                "alone; the logs in .shardmill/logs say more"
+            )
+        # Many rows of one shard may kill; where several shards do, it is not their rows.
+        is_one_shard = self._suspects.are_of_one_shard and self._has_generated
+        if self._suspects.are_all_held or (self._losses.are_many and is_one_shard):
+            self._suspects.retry_held()
+
+    def _look_for_success(self) -> None:
+        """Rows that were generated show that workers work, and that the lost ones had a cause."""
+        num_generated = self._committed().num_generated
+        if num_generated > self._num_generated:
+            self._has_generated = True
+            self._losses.forget()
+            self._suspects.retry_held()
+        # What a lost worker had committed is not counted until its loss is looked at.
+        self._num_generated = max(num_generated, self._num_generated)
+
+    def _committed(self) -> Totals:
+        return self.recorder.totals + self.crew.interim
 
     def _drain(self) -> None:
         """Has every worker commit what is finished, waiting at most `grace` seconds."""
@@ -143,11 +182,20 @@ class Driver:
             self._replace(event)
         else:
             self._account(event)
-            if not event.outcome.is_complete:
-                # Another attempt, of a run that died, has committed: look again what is missing.
-                self._again.append(event.shard)
+            self._settle(event.shard, event.outcome.is_complete)
+
+    def _settle(self, shard: Shard, is_complete: bool) -> None:
+        """Closes what was handed out, or has it run again."""
+        suspect = self._suspects.answered(shard, is_complete=is_complete)
+        if suspect is None and not is_complete:
+            # Another attempt, of a run that died, has committed: look again what is missing.
+            self._again.append(shard)
+        elif suspect is not None and suspect.rows.error is not None and is_complete:
+            logger.warning("row %s became an error row: %s", suspect.row_id, suspect.rows.error)
+            self._losses.forget()  # they have their explanation
 
     def _introduce(self, event: WorkerReady) -> None:
+        self._losses.started()
         self._ready_at = self._ready_at or time.monotonic()
         info = event.info
         where = f"{info.node}, GPU {info.devices}" if info.devices else info.node
@@ -159,32 +207,20 @@ class Driver:
         self.recorder.record(event.outcome)
 
     def _replace(self, event: WorkerLost) -> None:
-        """Puts the lost shards back; the crew fills the empty place by itself."""
-        held = f"{len(event.shards)} shards, which run again"
-        logger.warning("worker %d was lost (%s) with %s", event.worker, event.cause, held)
-        # One of them may be what the worker died of: each runs alone from now on, so that the
-        # next loss names the right one.
-        self._suspects.extend(event.shards)
-        self._losses_in_a_row += 1
-        self._losses_of_shard.update(shard.index for shard in event.shards)
+        """Has the lost shards run again, alone; the crew fills the empty place by itself."""
+        logger.warning(
+            "worker %d was lost (%s) with %s",
+            event.worker,
+            event.cause,
+            " and ".join(map(self._suspects.describe, event.shards)) or "no rows",
+        )
         for shard in event.shards:
-            if self._losses_of_shard[shard.index] >= MAX_LOSSES_OF_SHARD:
-                last = shard.first_row + shard.num_rows - 1
-                raise WorkerError(
-                    f"{MAX_LOSSES_OF_SHARD} workers were lost while they held rows "
-                    f"{shard.row_id(0)} to {last} (the last one: {event.cause}); the logs in "
-                    ".shardmill/logs say more"
-                )
-        if self._losses_in_a_row >= MAX_LOSSES_WITHOUT_COMMIT:
-            raise WorkerError(
-                f"{self._losses_in_a_row} workers were lost and nothing was committed in between "
-                f"(the last one: {event.cause}); the logs in .shardmill/logs say more"
-            )
+            missing = self.recorder.missing_rows(shard)
+            self._suspects.lost(shard, missing, event.worker, event.cause)
+        self._losses.add(event.cause, held_rows=bool(event.shards))
 
     def _report(self) -> None:
-        if self.crew.num_commits != self._num_commits:
-            self._num_commits, self._losses_in_a_row = self.crew.num_commits, 0
-        committed = self.recorder.totals + self.crew.interim
+        committed = self._committed()
         num_done = min(committed.num_completions, self.num_completions)
         rate = self._rate.update(self.crew.num_generated_tokens, num_done)
         num_left = self.num_completions - num_done
@@ -196,31 +232,7 @@ class Driver:
                 num_workers=self.crew.num_ready,
                 tokens_per_second=rate.tokens_per_second,
                 seconds_left=num_left / rate.rows_per_second if rate.rows_per_second else None,
+                seconds_generating=self.seconds_generating,
+                workers=self.crew.metrics(),
             )
         )
-
-
-class _Rate:
-    """Tokens per second over the last half minute, rows per second over the run."""
-
-    WINDOW = 30.0
-
-    def __init__(self) -> None:
-        self._tokens: deque[tuple[float, int]] = deque()
-        self._first: tuple[float, int] | None = None
-        self.tokens_per_second = 0.0
-        self.rows_per_second = 0.0
-
-    def update(self, num_tokens: int, num_rows: int) -> _Rate:
-        now = time.monotonic()
-        if num_tokens and self._first is None:
-            self._first = (now, num_rows)
-        self._tokens.append((now, num_tokens))
-        while now - self._tokens[0][0] > self.WINDOW and len(self._tokens) > 2:
-            self._tokens.popleft()
-        since, before = self._tokens[0]
-        if now > since:
-            self.tokens_per_second = (num_tokens - before) / (now - since)
-        if self._first is not None and now > self._first[0]:
-            self.rows_per_second = (num_rows - self._first[1]) / (now - self._first[0])
-        return self

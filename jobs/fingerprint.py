@@ -36,15 +36,23 @@ def fingerprint_fields(
     fields |= {
         "model.revision": checkpoint.revision,
         "model.files": checkpoint.digest,
-        "model.quantization": job.model.quantization,
+        "model.quantization": job.model.model_dump()["quantization"],
         "model.dtype": job.model.dtype,
         "model.trust_remote_code": job.model.trust_remote_code,
         "generation.num_samples": job.generation.num_samples,
         "generation.max_new_tokens": sampling.max_new_tokens,
         "generation.stop": list[JsonValue](sorted(sampling.stop)),
+        "generation.stop_token_ids": list[JsonValue](sorted(sampling.stop_token_ids)),
+        "generation.include_stop": sampling.include_stop,
+        "generation.min_new_tokens": sampling.min_new_tokens,
+        "generation.ignore_eos": sampling.ignore_eos,
         "generation.repetition_penalty": sampling.repetition_penalty,
         "generation.temperature": sampling.temperature,
     }
+    if job.model.adapter is not None:
+        fields |= {f"model.adapter[{part.name}]": part.digest for part in checkpoint.adapters}
+        fields["model.adapter.merge"] = job.model.adapter.merge
+        fields["model.adapter.column"] = job.model.adapter.column
     if sampling.temperature > 0:
         # Greedy decoding draws nothing, so these say nothing there.
         fields |= {

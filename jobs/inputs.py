@@ -188,7 +188,7 @@ def _from_staged(staged: Staged) -> InputFile:
 
 
 def _checked_schema(file: InputFile) -> pa.Schema:
-    schema = read_footer(file.path).metadata.schema.to_arrow_schema().remove_metadata()
+    schema = read_footer(file.path).schema.remove_metadata()
     for name, count in Counter(schema.names).items():
         if count > 1:
             raise InputError(
@@ -200,8 +200,7 @@ def _checked_schema(file: InputFile) -> pa.Schema:
 def _opened(file: InputFile, first: InputFile, schema: pa.Schema) -> InputFile:
     """The file with what its footer says; the footer itself, which may be large, is let go."""
     footer = read_footer(file.path)
-    found = footer.metadata.schema.to_arrow_schema()
-    if difference := _difference(schema, found):
+    if difference := _difference(schema, footer.schema):
         raise InputError(
             f"{file.source} and {first.source} are not one table: {difference}; give all files the "
             "same columns, or name only those that have them in input.path."

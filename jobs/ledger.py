@@ -17,7 +17,7 @@ from pathlib import Path
 from jobs.differences import differences
 from jobs.lock import RunLock
 from jobs.manifest import FORMAT_VERSION, Manifest
-from jobs.parts import PartInfo, read_part
+from jobs.parts import PartInfo, read_part, roll_up
 from jobs.state import JobState
 from pipeline.errors import DamagedOutputError, InputError, JobDiffersError, OutputError
 from pipeline.folder import RunFolder
@@ -97,6 +97,19 @@ class Ledger:
             state.add(pool.map(self._read_segment, names))
         return state
 
+    def parts(self) -> list[PartInfo]:
+        """What the parts of a complete folder say about themselves.
+
+        Raises:
+            DamagedOutputError: one is torn, or another job's.
+        """
+        with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+            return list(pool.map(self._read_part, range(self.manifest.num_parts)))
+
+    def roll_up(self, part: int) -> PartInfo:
+        """Publish a part whose shards are complete; see `jobs.parts.roll_up`."""
+        return roll_up(self.folder, self.manifest, part)
+
     def sweep(self) -> None:
         """Remove what dead processes left in `tmp`, and the segments of published parts.
 
@@ -155,9 +168,13 @@ def prepare(folder: Path) -> RunFolder:
     with output_errors(folder):
         _refuse_what_is_there(run)
         # A link to a folder that does not exist yet is made good; mkdir would refuse it.
-        folder.resolve().mkdir(parents=True, exist_ok=True)
+        root = folder.resolve()
+        made = [path for path in (root, *root.parents) if not path.exists()]
+        root.mkdir(parents=True, exist_ok=True)
         for inner in _inner_folders(run):
             inner.mkdir(parents=True, exist_ok=True)
+        for path in made:
+            sync_folder(path.parent)  # or a power cut may take the folder with all its commits
     return run
 
 
@@ -238,18 +255,24 @@ def check_same_job(ledger: Ledger, new: Manifest) -> None:
     Raises:
         JobDiffersError: lists what differs.
     """
-    old = ledger.manifest
-    if old.fingerprint == new.fingerprint and _layout(old) == _layout(new):
+    lines = job_differences(ledger.manifest, new)
+    if not lines:
         return
-    lines = (
-        differences(old.fingerprint_fields, new.fingerprint_fields)
-        or differences(_layout(old), _layout(new))
-        or [f"fingerprint: {old.fingerprint} -> {new.fingerprint}"]
-    )
     raise JobDiffersError(
         f"output folder '{ledger.folder.root}' was started with another job; go back to that "
         "one, or start anew with --fresh or in another folder with --output. What differs "
         "(then -> now):\n  " + "\n  ".join(lines)
+    )
+
+
+def job_differences(old: Manifest, new: Manifest) -> list[str]:
+    """What keeps the job of `new` from going on where `old` began, a line each; [] is nothing."""
+    if old.fingerprint == new.fingerprint and _layout(old) == _layout(new):
+        return []
+    return (
+        differences(old.fingerprint_fields, new.fingerprint_fields)
+        or differences(_layout(old), _layout(new))
+        or [f"fingerprint: {old.fingerprint} -> {new.fingerprint}"]
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -10,6 +11,10 @@ from tqdm import tqdm
 
 FILE_ONLY = {"is_for_file_only": True}
 """The `extra` of a message that is too long for the terminal, such as a traceback of Ray's."""
+
+
+CHATTY = ("torchao",)
+"""Libraries that warn when they are imported, whether they are used or not."""
 
 
 class _TerminalHandler(logging.Handler):
@@ -20,13 +25,16 @@ class _TerminalHandler(logging.Handler):
         self._stream = stream
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Our own messages, and those of libraries from warnings on."""
-        is_ours = record.name.partition(".")[0] in ("jobs", "pipeline")
-        is_shown = is_ours or record.levelno >= logging.WARNING
+        """Our own messages, and those of libraries from warnings on, of some from errors on."""
+        library = record.name.partition(".")[0]
+        least = logging.ERROR if library in CHATTY else logging.WARNING
+        is_shown = library in ("jobs", "pipeline") or record.levelno >= least
         return is_shown and not hasattr(record, "is_for_file_only")
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(f"shardmill: {self.format(record)}", file=self._stream)
+        # Who has stopped reading along must not stop the run.
+        with suppress(BrokenPipeError):
+            tqdm.write(f"shardmill: {self.format(record)}", file=self._stream)
 
 
 def terminal_handler(stream: TextIO, level: int) -> logging.Handler:

@@ -7,12 +7,13 @@ holder of the run's lock calls what writes here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from jobs.manifest import Manifest
@@ -38,6 +39,30 @@ ROW_GROUP_BYTES = 48 * 2**20
 """In memory, about; readers work row group by row group."""
 
 
+_BATCH_ROWS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class RetriedRows:
+    """The rows of a part that one retry has generated again.
+
+    Attributes:
+        retry: its number.
+        created: when it was started; ISO 8601 with offset.
+        versions: of Shardmill and the libraries that made the answers.
+        max_new_tokens: with which the rows were generated.
+        ranges: rows of the part from 0, as rising (first, end) pairs.
+        totals: over these rows, as the retry left them.
+    """
+
+    retry: int
+    created: str
+    versions: dict[str, str]
+    max_new_tokens: int
+    ranges: tuple[tuple[int, int], ...]
+    totals: Totals
+
+
 @dataclass(frozen=True, slots=True)
 class PartInfo:
     """What a part's footer says about it.
@@ -45,6 +70,7 @@ class PartInfo:
     Attributes:
         fingerprint: of the job.
         first_shard: of `num_shards` consecutive ones.
+        retries: by rising number; the last one that names a row has made its answer.
     """
 
     part: int
@@ -52,6 +78,7 @@ class PartInfo:
     first_shard: int
     num_shards: int
     totals: Totals
+    retries: tuple[RetriedRows, ...] = ()
 
     def to_json(self) -> str:
         """The text that goes into the footer."""
@@ -84,7 +111,36 @@ def read_part_file(path: Path, manifest: Manifest, part: int) -> PartInfo:
             raise pa.ArrowInvalid(f"it has {file.metadata.num_rows} rows instead of {num_rows}")
         if not file.schema_arrow.equals(manifest.arrow_schema):
             raise pa.ArrowInvalid("its columns are not those of the job")
+        if any(end > num_rows for retry in info.retries for _, end in retry.ranges):
+            raise pa.ArrowInvalid("its footer names retried rows that it does not have")
     return info
+
+
+def shards_of_part(
+    file: pq.ParquetFile, manifest: Manifest, part: int, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """The rows of each shard of a part in turn, some thousand rows in memory at a time.
+
+    All columns are decoded, for their checksums; the tables have the named ones.
+
+    Args:
+        file: the part, whose number of rows has been checked.
+    """
+    batches = (
+        pa.Table.from_batches([batch]).select(list(columns or manifest.arrow_schema.names))
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False)
+    )
+    waiting: list[pa.Table] = []
+    for shard in manifest.part_shards(part):
+        wanted = manifest.shard_completions(shard)
+        while sum(table.num_rows for table in waiting) < wanted:
+            batch = next(batches, None)
+            if batch is None:
+                raise pa.ArrowInvalid("it ends before the rows that its footer counts")
+            waiting.append(batch)
+        table = pa.concat_tables(waiting)
+        yield table.slice(0, wanted)
+        waiting = [table.slice(wanted)]
 
 
 def roll_up(folder: RunFolder, manifest: Manifest, part: int) -> PartInfo:
@@ -102,7 +158,7 @@ def roll_up(folder: RunFolder, manifest: Manifest, part: int) -> PartInfo:
     with output_errors(folder.root):
         # The name may be there and not yet durable if its writer died right after linking it.
         sync_folder(folder.root)
-        _remove_segments(folder, manifest.part_shards(part))
+        remove_segments(folder, manifest.part_shards(part))
     return info
 
 
@@ -138,7 +194,7 @@ def _write_part(folder: RunFolder, manifest: Manifest, part: int) -> None:
     name = manifest.part_name(part)
     with temporary_file(folder.tmp, Path(name).stem, ".parquet") as temporary:
         with output_errors(folder.root):
-            write_parquet(temporary, manifest.arrow_schema, _grouped(tables), info.to_json())
+            write_parquet(temporary, manifest.arrow_schema, grouped(tables), info.to_json())
         read_part_file(temporary, manifest, part)
         # Somebody else's part has passed the same checks and holds the same rows.
         with suppress(SupersededError):
@@ -173,7 +229,7 @@ def _shard_rows(
     return table
 
 
-def _grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+def grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """The same rows in tables of about `ROW_GROUP_BYTES`."""
     waiting: list[pa.Table] = []
     num_bytes = 0
@@ -187,7 +243,8 @@ def _grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(waiting)
 
 
-def _remove_segments(folder: RunFolder, shards: Iterable[int]) -> None:
+def remove_segments(folder: RunFolder, shards: Iterable[int]) -> None:
+    """Remove all commits of the shards; their rows must be durable elsewhere."""
     for shard in shards:
         # From the last to the first: after a death the ones left still count from 0.
         for commit in reversed(range(count_commits(folder, shard))):

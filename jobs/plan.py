@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from jobs.inputs import Inputs
+from jobs.worker import SHARDS_IN_FLIGHT
 from pipeline.errors import RowError
 from pipeline.prompts import PromptRenderer
 from pipeline.reader import ShardReader, plain_rows
@@ -14,6 +16,8 @@ from pipeline.records import Shard
 
 MIN_SHARD_ROWS = 32
 MAX_SHARD_ROWS = 512
+MOST_SHARDS_IN_FLIGHT = 64
+"""Of one worker, each with the shard's input rows in memory."""
 _SHARDS_OF_SMALL_JOB = 64
 _PART_ROWS = 65_536
 _SAMPLE_ROWS = 200
@@ -34,6 +38,16 @@ def choose_shard_rows(num_rows: int) -> int:
 def choose_shards_per_part(shard_rows: int) -> int:
     """Shards of an output file, so that it has about 65,536 rows: enough to be read fast."""
     return max(1, _PART_ROWS // shard_rows)
+
+
+def choose_shards_in_flight(rows_of_shard: float, batch_size: int) -> int:
+    """Shards that a worker holds at a time: its batch is full, and as much waits.
+
+    Args:
+        rows_of_shard: completions to be generated, on average.
+    """
+    needed = math.ceil(2 * batch_size / rows_of_shard)
+    return min(max(needed, SHARDS_IN_FLIGHT), MOST_SHARDS_IN_FLIGHT)
 
 
 @dataclass(frozen=True, slots=True)

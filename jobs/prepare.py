@@ -24,6 +24,7 @@ from pipeline.checkpoint import Checkpoint, fetch
 from pipeline.errors import JobFileError, ModelError
 from pipeline.prompts import check_prompt
 from pipeline.records import Sampling
+from pipeline.stored import libraries_of
 from pipeline.writer import output_schema
 
 ANSWERING_LIBRARIES = ("torch", "transformers", "tokenizers", "bitsandbytes")
@@ -74,11 +75,21 @@ class PreparedJob:
             source = " (from the model)" if is_models and name in self._model_says() else ""
             parts.append(f"{name} {getattr(self.sampling, name)}{source}")
         parts += [f"stop {stop!r}" for stop in self.sampling.stop]
+        parts += [f"stop token {token}" for token in self.sampling.stop_token_ids]
+        parts += [
+            f"{name} {getattr(self.sampling, name)}"
+            for name in ("include_stop", "min_new_tokens", "ignore_eos")
+            if getattr(self.sampling, name)
+        ]
         return ", ".join(parts)
 
     def _model_says(self) -> set[str]:
         said = self.checkpoint.generation_defaults
         return {name for name, value in said.items() if value is not None}
+
+    def _libraries(self) -> tuple[str, ...]:
+        optional = libraries_of(self.job.model, self.checkpoint.quantization)
+        return (*ANSWERING_LIBRARIES, *optional)
 
     def manifest(self, known: Sequence[PlannedFile] = ()) -> Manifest:
         """What a run folder is started with.
@@ -92,7 +103,7 @@ class PreparedJob:
         shard_rows = choose_shard_rows(self.inputs.num_rows)
         return Manifest(
             shardmill_version=__version__,
-            versions={name: version(name) for name in ANSWERING_LIBRARIES},
+            versions={name: version(name) for name in self._libraries()},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             job=self.resolved(),
             fingerprint=fingerprint(fields),
@@ -136,6 +147,7 @@ def prepare_job(job: JobConfig, staging: Path) -> PreparedJob:
     inputs = open_inputs(job.input, Path("/"), staging)
     names = inputs.schema.names
     check_prompt(job.prompt, names)
+    _check_adapter_column(job, names)
     return PreparedJob(
         job=job,
         checkpoint=checkpoint,
@@ -152,6 +164,15 @@ def _check_room(job: JobConfig, checkpoint: Checkpoint) -> None:
         raise JobFileError(
             f"generation.max_new_tokens {most} leaves no room for a prompt: the model's context "
             f"is {context} tokens; lower it"
+        )
+
+
+def _check_adapter_column(job: JobConfig, names: list[str]) -> None:
+    column = None if job.model.adapter is None else job.model.adapter.column
+    if column is not None and column not in names:
+        raise JobFileError(
+            f"model.adapter.column names '{column}', which the input does not have; it has "
+            + ", ".join(names)
         )
 
 

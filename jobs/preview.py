@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from jobs.cluster import Resources, num_cores, shape_workers
-from jobs.config import JobConfig
+from jobs.config import JobConfig, WorkersSettings
 from jobs.ledger import Ledger, check_output, check_same_job
 from jobs.plan import Estimate, choose_shard_rows, estimate
 from jobs.prepare import PreparedJob, prepared_for_now
 from jobs.status import read_status
+from pipeline.checkpoint import quantization_name
 from pipeline.errors import JobDiffersError
 from pipeline.folder import RunFolder
 from pipeline.footprint import estimate_footprint
+from pipeline.host_memory import host_memory
 from pipeline.model import load_tokenizer
 from pipeline.prompts import PromptRenderer
 
@@ -27,7 +28,7 @@ class MemoryFit:
 
     Attributes:
         cache: of a full batch of the longest sequences seen.
-        available: of one GPU, or free on this machine; each worker needs its own.
+        available: of one worker's GPUs, or free on this machine; each worker needs its own.
     """
 
     weights: int
@@ -75,11 +76,11 @@ def plan_job(job: JobConfig) -> JobPlan:
         shard_rows = choose_shard_rows(prepared.inputs.num_rows)
         renderer = PromptRenderer(job.prompt, load_tokenizer(prepared.checkpoint, job.model))
         max_new_tokens = prepared.sampling.max_new_tokens
-        context = prepared.checkpoint.context_length
+        room = prepared.checkpoint.context_length or 2**31
         rows = estimate(
             prepared.inputs,
             renderer,
-            max_prompt_tokens=(context or 2**31) - max_new_tokens,
+            max_prompt_tokens=room - max_new_tokens,
             shard_rows=shard_rows,
         )
         return JobPlan(
@@ -91,8 +92,8 @@ def plan_job(job: JobConfig) -> JobPlan:
             max_new_tokens=max_new_tokens,
             most_tokens=prepared.num_completions * max_new_tokens,
             generation=prepared.describe_generation(),
-            model=f"{job.model.path} ({job.model.quantization}, dtype {job.model.dtype})",
-            memory=_memory(prepared, rows.prompt_tokens_max + max_new_tokens),
+            model=_model(prepared),
+            memory=_memory(prepared, min(rows.prompt_tokens_max + max_new_tokens, room)),
             columns=tuple(prepared.schema.names),
             output=job.output.path,
             state=_state(prepared),
@@ -109,21 +110,34 @@ def check_can_run(job: JobConfig) -> None:
     """
     output = Path(job.output.path)
     check_output(output)
-    shape_workers(job.workers, Resources(num_cores(), torch.cuda.device_count()), num_shards=1)
+    shape_workers(job.workers, Resources(num_cores(), (torch.cuda.device_count(),)), num_shards=1)
     if RunFolder(output).manifest.exists():
         ledger = Ledger.open(output)
         with prepared_for_now(job) as prepared:
             check_same_job(ledger, prepared.manifest(ledger.manifest.files))
 
 
+def _model(prepared: PreparedJob) -> str:
+    model = prepared.job.model
+    return f"{model.path} ({quantization_name(prepared.checkpoint, model)}, dtype {model.dtype})"
+
+
 def _memory(prepared: PreparedJob, longest: int) -> MemoryFit:
-    need = estimate_footprint(prepared.checkpoint, prepared.job.model)
+    num_gpus = _num_gpus(prepared.job.workers)
+    need = estimate_footprint(prepared.checkpoint, prepared.job.model, has_gpu=num_gpus > 0)
     cache = need.cache_per_token * longest * prepared.job.engine.batch_size
-    if torch.cuda.is_available():
-        free, where = torch.cuda.get_device_properties(0).total_memory, "on a GPU"
-    else:
-        free, where = psutil.virtual_memory().available, "free on this machine"
-    return MemoryFit(need.weights, cache, free, where)
+    if not num_gpus:
+        free, where = host_memory().available, "free on this machine"
+        return MemoryFit(need.weights, cache, free, where)
+    gpus = [torch.cuda.get_device_properties(index) for index in range(num_gpus)]
+    where = "on a GPU" if num_gpus == 1 else f"on {num_gpus} GPUs"
+    return MemoryFit(need.weights, cache, sum(gpu.total_memory for gpu in gpus), where)
+
+
+def _num_gpus(workers: WorkersSettings) -> int:
+    """Of one worker, as far as this machine has them."""
+    wanted = 1 if workers.gpus_per_worker == "auto" else workers.gpus_per_worker
+    return min(wanted, torch.cuda.device_count())
 
 
 def _state(prepared: PreparedJob) -> str:

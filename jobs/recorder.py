@@ -8,10 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from jobs.ledger import Ledger
-from jobs.parts import PartInfo, roll_up
+from jobs.parts import PartInfo
 from pipeline.outcome import ShardOutcome
 from pipeline.records import Shard
-from pipeline.segments import SegmentInfo, Totals, committed_infos
+from pipeline.segments import SegmentInfo, Totals, committed_infos, missing_positions
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,20 @@ class Recorder:
             self._state.add(self._committed(outcome.shard))
         self._roll_up_ready_parts()
 
+    def missing_rows(self, shard: Shard) -> list[int]:
+        """The rows that a shard lacks after its worker was lost, rising, from 0 within it.
+
+        Takes note of commits that no answer told of.
+        """
+        if self._state.is_complete(shard.index):
+            return []
+        manifest, infos = self._ledger.manifest, self._committed(shard.index)
+        self._state.add(infos)
+        self._roll_up_ready_parts()
+        total = manifest.shard_completions(shard.index)
+        missing = shard.wanted(missing_positions(infos, total))
+        return sorted({position // manifest.num_samples for position in missing})
+
     def _committed(self, shard: int) -> list[SegmentInfo]:
         return committed_infos(self._ledger.folder, shard, self._ledger.manifest.fingerprint)
 
@@ -83,9 +97,7 @@ class Recorder:
     def _roll_up_ready_parts(self) -> None:
         for part in self._state.ready_parts():
             if part not in self._roll_ups:
-                self._roll_ups[part] = self._pool.submit(
-                    roll_up, self._ledger.folder, self._ledger.manifest, part
-                )
+                self._roll_ups[part] = self._pool.submit(self._ledger.roll_up, part)
         for part, future in list(self._roll_ups.items()):
             if future.done():
                 future.result()

@@ -10,16 +10,14 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-import yaml
-
+from jobs.beacon import light
 from jobs.cluster import (
     Resources,
     WorkerShape,
-    fetch_on_every_node,
     ray_cluster,
     shape_workers,
 )
@@ -27,17 +25,23 @@ from jobs.config import JobConfig
 from jobs.crew import Crew
 from jobs.differences import differences
 from jobs.driver import Driver, check_failed
+from jobs.exporter import ClusterMetrics
 from jobs.ledger import Ledger, open_or_create, prepare, set_aside
 from jobs.lock import RunLock
 from jobs.logs import log_handler
+from jobs.metrics import MetricsFile, total
+from jobs.nodes import await_nodes
 from jobs.parts import finish
+from jobs.plan import choose_shards_in_flight
 from jobs.prepare import PreparedJob, prepare_job, prepared_for_now
-from jobs.progress import Reporter
+from jobs.progress import Reporter, Several
 from jobs.recorder import Recorder
+from jobs.retries import read_retries
 from jobs.stop import StopRequest
-from jobs.worker import WorkerSpec
-from pipeline.errors import ShardmillError
+from jobs.worker import SHARDS_IN_FLIGHT, WorkerSpec
+from jobs.yaml_text import dump_yaml
 from pipeline.folder import RunFolder
+from pipeline.metrics import EngineMetrics
 from pipeline.publish import output_errors
 from pipeline.segments import Totals
 
@@ -53,6 +57,7 @@ class RunOptions:
         max_walltime: seconds.
         grace: seconds to commit in when the run is to stop.
         ray_address: of a cluster to join; None starts one on this machine.
+        ray_nodes: of that cluster, to be waited for.
     """
 
     fresh: bool = False
@@ -60,6 +65,7 @@ class RunOptions:
     max_walltime: float | None = None
     grace: float = 60.0
     ray_address: str | None = None
+    ray_nodes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +75,15 @@ class RunSummary:
     Attributes:
         num_rows: input rows of the job.
         totals: over the whole job, earlier runs included.
-        num_new: completions that this run committed.
-        tokens_per_second: of the completions this run committed, since its first worker was
-            ready; 0 if there was nothing to do.
+        work: what this run has done itself.
     """
 
     output: Path
     num_rows: int
     totals: Totals
-    num_new: int
+    work: Work
     num_parts: int
     seconds: float
-    tokens_per_second: float
 
 
 def run_job(job: JobConfig, options: RunOptions, reporter: Reporter) -> RunSummary:
@@ -97,7 +100,7 @@ def run_job(job: JobConfig, options: RunOptions, reporter: Reporter) -> RunSumma
         with _locked(Path(job.output.path)) as folder:
             prepared = prepare_job(job, folder.input)
             stop.check()
-            return _Run(prepared, folder, options, stop, reporter).run()
+            return Run(prepared, folder, options, stop, reporter).run()
 
 
 def _set_aside(job: JobConfig) -> None:
@@ -116,7 +119,7 @@ def _locked(output: Path) -> Iterator[RunFolder]:
     with RunLock(output):
         try:
             yield folder
-        except ShardmillError:
+        except Exception:
             if not folder.manifest.exists():
                 _remove(folder, made)
             raise
@@ -135,7 +138,41 @@ def _remove(folder: RunFolder, made: Sequence[Path]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Work:
+    """What one run has done itself.
+
+    Attributes:
+        num_new: completions that it committed.
+        tokens_per_second: of these, since the first worker was ready.
+        metrics: of all its workers together.
+    """
+
+    num_new: int = 0
+    tokens_per_second: float = 0.0
+    metrics: EngineMetrics = field(default_factory=EngineMetrics)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What there is to generate, and how.
+
+    Attributes:
+        num_completions: to be there in the end, those of earlier runs included.
+        max_failed: of these, how many may be errors.
+        shards_in_flight: of one worker.
+        num_generated_before: completions of the job beside these.
+    """
+
+    num_completions: int
+    max_failed: int
+    shards_in_flight: int
+    num_generated_before: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A prepared job in its locked folder."""
+
     prepared: PreparedJob
     folder: RunFolder
     options: RunOptions
@@ -143,26 +180,46 @@ class _Run:
     reporter: Reporter
 
     def run(self) -> RunSummary:
+        """Does what is left of the job and marks it complete."""
         started = time.monotonic()
-        with _logging_to(self.folder):
+        with logging_to(self.folder):
             self._log_job()
             # A changed job is refused, and a complete one is done, before Ray starts.
             ledger = self._open() if self.folder.manifest.exists() else None
             if ledger is not None and ledger.is_complete:
                 ledger.sweep()
-                return self._finish(ledger, started, num_new=0, rate=0.0)
-            with self._ray() as resources:
+                self._mention_retry()
+                return self._finish(ledger, started, Work())
+            with self.ray() as resources:
                 # A job that asks for more than there is leaves no folder behind.
                 shape_workers(self.prepared.job.workers, resources, num_shards=1)
                 ledger = ledger or self._open()
-                num_new, rate = self._complete(ledger, resources)
-            return self._finish(ledger, started, num_new, rate)
+                with output_errors(self.folder.root):
+                    self.folder.success.unlink(missing_ok=True)  # it would be a lie from here on
+                num_completions = ledger.manifest.num_completions
+                max_failed = self.prepared.job.failure.allowed(num_completions)
+                num_in_flight = choose_shards_in_flight(
+                    ledger.manifest.num_completions / ledger.manifest.num_shards,
+                    self.prepared.job.engine.batch_size,
+                )
+                budget = Budget(num_completions, max_failed, num_in_flight)
+                work = self.complete(ledger, resources, budget)
+            return self._finish(ledger, started, work)
+
+    def _mention_retry(self) -> None:
+        for record in read_retries(self.folder):
+            if record.result is None:
+                logger.warning("%s", record.unfinished(self.folder.root))
 
     @contextmanager
-    def _ray(self) -> Iterator[Resources]:
+    def ray(self) -> Iterator[Resources]:
+        """Ray, for as long as the block lasts."""
+        if self.options.ray_address is not None and self.options.ray_nodes is not None:
+            await_nodes(self.options.ray_address, self.options.ray_nodes, self.stop.check)
         with ExitStack() as stack:
             with self.stop.deferred():  # an exception in the midst of its start may get lost
                 resources = stack.enter_context(ray_cluster(self.options.ray_address))
+                self.stop.reclaim()
             self.stop.check()
             yield resources
 
@@ -171,72 +228,83 @@ class _Run:
         known = () if is_new else Ledger.open(self.folder.root).manifest.files
         manifest = self.prepared.manifest(known)
         if is_new:
-            resolved = yaml.safe_dump(manifest.job, sort_keys=False, allow_unicode=True)
             with output_errors(self.folder.root):
-                self.folder.job.write_text(resolved, encoding="utf-8")
+                self.folder.job.write_text(dump_yaml(manifest.job), encoding="utf-8")
         ledger = open_or_create(self.folder.root, manifest)
         if changed := differences(ledger.manifest.versions, manifest.versions):
             logger.warning("the folder was started with other libraries: %s", "; ".join(changed))
         return ledger
 
-    def _complete(self, ledger: Ledger, resources: Resources) -> tuple[int, float]:
-        """Does what is left; returns how many completions that were, and the tokens per second."""
-        with output_errors(self.folder.root):
-            self.folder.success.unlink(missing_ok=True)  # it would be a lie from here on
-        max_failed = self.prepared.job.failure.allowed(ledger.manifest.num_completions)
+    def complete(self, ledger: Ledger, resources: Resources, budget: Budget) -> Work:
+        """Does what is left."""
         with Recorder(ledger) as recorder:
-            before, seconds = recorder.totals, 0.0
+            before, work = recorder.totals, Work()
             if recorder.num_shards_left:
-                seconds = self._generate(ledger, recorder, resources, max_failed)
+                driver = self._generate(ledger, recorder, resources, budget)
+                new, seconds = recorder.totals - before, max(driver.seconds_generating, 1e-3)
+                work = Work(
+                    num_new=new.num_completions,
+                    tokens_per_second=new.num_completion_tokens / seconds,
+                    metrics=total(driver.crew.metrics()),
+                )
             recorder.wait()
-            check_failed(recorder.totals, max_failed)
-            num_new = recorder.totals.num_completions - before.num_completions
-            num_tokens = recorder.totals.num_completion_tokens - before.num_completion_tokens
-            return num_new, num_tokens / seconds if seconds else 0.0
+            check_failed(recorder.totals, budget.max_failed)
+            return work
 
     def _generate(
-        self, ledger: Ledger, recorder: Recorder, resources: Resources, max_failed: int
-    ) -> float:
-        """Has workers do what is left; returns the seconds since the first was ready."""
+        self, ledger: Ledger, recorder: Recorder, resources: Resources, budget: Budget
+    ) -> Driver:
+        """Has workers do what is left; returns the driver that had them."""
         job = self.prepared.job
-        shape = shape_workers(job.workers, resources, recorder.num_shards_left)
-        spec = self._spec(ledger, shape)
+        # Where a worker holds more shards, because they are small, fewer workers do.
+        num_full = -(-recorder.num_shards_left * SHARDS_IN_FLIGHT // budget.shards_in_flight)
+        shape = shape_workers(job.workers, resources, num_full)
+        spec = self._spec(ledger, shape, budget)
         crew = Crew(spec, shape, job.failure.stall_timeout)
+        reporters: list[Reporter] = [self.reporter, MetricsFile(ledger.folder)]
+        if self.options.ray_address is not None:  # nobody scrapes a Ray of our own
+            reporters.append(ClusterMetrics(job.name))
+        reporter = Several(*reporters)
         driver = Driver(
             crew=crew,
             recorder=recorder,
-            num_completions=ledger.manifest.num_completions,
-            max_failed=max_failed,
+            num_completions=budget.num_completions,
+            max_failed=budget.max_failed,
             stop=self.stop,
-            reporter=self.reporter,
+            reporter=reporter,
             grace=self.options.grace,
+            num_generated_before=budget.num_generated_before,
         )
         try:
-            fetch_on_every_node(spec.model)
             with self.stop.deferred():
                 driver.run()
-            return driver.seconds_generating
+            return driver
         finally:
-            self.reporter.close()
+            reporter.close()
             crew.close()
 
-    def _spec(self, ledger: Ledger, shape: WorkerShape) -> WorkerSpec:
+    def _spec(self, ledger: Ledger, shape: WorkerShape, budget: Budget) -> WorkerSpec:
         prepared, job = self.prepared, self.prepared.job
         return WorkerSpec(
             prompt=job.prompt,
             # The commit and not the branch, so that all workers load the same files.
             model=job.model.model_copy(update={"revision": prepared.checkpoint.revision}),
+            model_digests=prepared.checkpoint.digests,
             engine=job.engine,
             sampling=prepared.sampling,
             seed=job.generation.seed,
             num_samples=job.generation.num_samples,
-            run_folder=self.folder.root,
+            run_folder=ledger.folder.root,
+            beacon=light(ledger.folder),
+            memory_file=self.folder.memory,
             fingerprint=ledger.manifest.fingerprint,
             output_schema=ledger.manifest.arrow_schema,
             passed_columns=prepared.passed_columns,
             started=datetime.fromisoformat(ledger.manifest.created),
             input_stamps=prepared.inputs.stamps,
             num_threads=shape.num_threads,
+            num_per_node=shape.num_per_node,
+            shards_in_flight=budget.shards_in_flight,
         )
 
     def _log_job(self) -> None:
@@ -250,22 +318,21 @@ class _Run:
         )
         logger.info("generation: %s", prepared.describe_generation())
 
-    def _finish(self, ledger: Ledger, started: float, num_new: int, rate: float) -> RunSummary:
+    def _finish(self, ledger: Ledger, started: float, work: Work) -> RunSummary:
         """Counts the output, marks it complete and sums the run up."""
         totals = finish(ledger.folder, ledger.manifest)
         return RunSummary(
             output=self.folder.root,
             num_rows=ledger.manifest.num_rows,
             totals=totals,
-            num_new=num_new,
+            work=work,
             num_parts=ledger.manifest.num_parts,
             seconds=time.monotonic() - started,
-            tokens_per_second=rate,
         )
 
 
 @contextmanager
-def _logging_to(folder: RunFolder) -> Iterator[None]:
+def logging_to(folder: RunFolder) -> Iterator[None]:
     """Writes the log to the run folder too, where it stays."""
     with output_errors(folder.root):
         handler = log_handler(folder.logs / "run.log")

@@ -80,8 +80,14 @@ class JobState:
             known = self._commits.setdefault(info.shard, [])
             known.append(info)
             self.totals += info.totals
-            if not missing_positions(known, self._manifest.shard_completions(info.shard)):
+            missing = missing_positions(known, self._manifest.shard_completions(info.shard))
+            if not self._manifest.shard(info.shard).wanted(missing):
                 self._complete(info.shard)
+
+    def skip(self, shard: int) -> None:
+        """Take note that nothing is wanted of a shard."""
+        if not self._is_complete[shard]:
+            self._complete(shard)
 
     def _complete(self, shard: int) -> None:
         self._commits.pop(shard, None)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.ledger import Ledger
 from jobs.lock import Owner, read_owner
+from jobs.retries import RetryRecord, read_retries
 from jobs.state import JobState
 from pipeline.segments import Totals
+
+WATCH_INTERVAL = 2.0
+"""Seconds between two looks."""
 
 _ATTEMPTS = 100
 
@@ -22,6 +28,7 @@ class Status:
         totals: over what is committed.
         is_complete: `_SUCCESS` and all parts are there.
         owner: the run that works on it now, or None.
+        retries: of the complete folder, by rising number.
     """
 
     created: str
@@ -34,6 +41,7 @@ class Status:
     num_parts_done: int
     is_complete: bool
     owner: Owner | None
+    retries: tuple[RetryRecord, ...] = ()
 
 
 def read_status(folder: Path) -> Status:
@@ -59,7 +67,18 @@ def read_status(folder: Path) -> Status:
         num_parts_done=state.num_parts_done,
         is_complete=ledger.is_complete,
         owner=owner if owner is not None and owner.is_alive() else None,
+        retries=tuple(read_retries(ledger.folder)),
     )
+
+
+def watch_status(folder: Path) -> Iterator[Status]:
+    """As `read_status`, again and again until the job is complete and nobody works on it."""
+    while True:
+        status = read_status(folder)
+        yield status
+        if status.is_complete and status.owner is None:
+            return
+        time.sleep(WATCH_INTERVAL)
 
 
 def _scan(ledger: Ledger) -> JobState:

@@ -29,6 +29,7 @@ class StopRequest:
         self._deadline = None if max_walltime is None else time.monotonic() + max_walltime
         self._signal: str | None = None
         self._is_deferred = False
+        self._has_interrupted = False
 
     def reason(self) -> str | None:
         """Why to stop, or None to go on."""
@@ -51,13 +52,33 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the stop signals for as long as the block lasts."""
-        before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        """Takes the stop signals for as long as the block lasts.
+
+        Raises:
+            StoppedError: a signal has interrupted the block.
+        """
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        self.reclaim()
         try:
             yield
+        except Exception:
+            # Raised in the midst of anything, it may come out as what that has made of it.
+            if self._has_interrupted:
+                self.check()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def reclaim(self) -> None:
+        """Takes the stop signals back from a library that has put its own handlers in front.
+
+        Ray's prints a stack at SIGTERM, hands it on, and aborts the process three seconds later,
+        which is too soon for workers that have something to commit.
+        """
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+        signal.alarm(0)  # in case it has been asked to abort already
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -77,4 +98,5 @@ class StopRequest:
             os._exit(128 + number)
         self._signal = signal.Signals(number).name
         if not self._is_deferred:
+            self._has_interrupted = True
             self.check()

@@ -8,22 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.progress import duration
+from jobs.retries import RetryRecord
 from jobs.status import Status
 from jobs.verify import VerifyReport
+from pipeline.host_memory import readable
+from pipeline.metrics import EngineMetrics
 from pipeline.segments import Totals
 
 if TYPE_CHECKING:
     from jobs.preview import JobPlan
+    from jobs.retry import RetrySummary
     from jobs.run import RunSummary
 
 
 def run_text(summary: RunSummary) -> str:
     """The closing summary of a run."""
     facts = [("finished by", _reasons(summary.totals)), ("tokens", _tokens(summary.totals))]
-    if summary.num_new:
-        rate = f"{summary.tokens_per_second:,.0f} tokens/s once a worker was ready"
-        facts.append(("rate", rate))
-    earlier = summary.totals.num_completions - summary.num_new
+    work = summary.work
+    if work.num_new:
+        rate = f"{work.tokens_per_second:,.0f} tokens/s once a worker was ready"
+        facts += [("rate", rate), ("engine", _engine(work.metrics))]
+    earlier = summary.totals.num_completions - work.num_new
     if earlier:
         facts.append(("earlier", f"{_count(earlier, 'completion')} by runs before this one"))
     return _lines(
@@ -34,10 +39,32 @@ def run_text(summary: RunSummary) -> str:
     )
 
 
+def retry_text(summary: RetrySummary) -> str:
+    """The closing summary of a retry."""
+    reasons = " or ".join(reason.value for reason in summary.only)
+    if summary.number is None:
+        return f"nothing to retry: no row of {_shown(summary.output)} is finished by {reasons}"
+    facts = [("now finished by", _reasons(summary.made))]
+    if summary.tokens_per_second:
+        rate = f"{summary.tokens_per_second:,.0f} tokens/s once a worker was ready"
+        facts.append(("rate", rate))
+    rows, took = _count(summary.made.num_completions, "row"), duration(summary.seconds)
+    return _lines(
+        f"retried: {rows} that had been finished by {reasons}, in {took}",
+        *facts,
+        ("all rows", _reasons(summary.totals)),
+        ("max_new_tokens", f"{summary.max_new_tokens} for the retried rows"),
+        ("output", _shown(summary.output)),
+        ("next", f"shardmill verify {_shown(summary.output)}"),
+    )
+
+
 def status_text(status: Status) -> str:
     """Where a job stands."""
     share = status.totals.num_completions / status.num_completions
-    if status.is_complete:
+    if status.is_complete and status.owner is not None:
+        state = f"complete; a retry works on it: {status.owner}"
+    elif status.is_complete:
         state = "complete"
     elif status.owner is not None:
         state = f"running: {status.owner}"
@@ -52,8 +79,18 @@ def status_text(status: Status) -> str:
         ("finished by", _reasons(status.totals)),
         ("tokens", _tokens(status.totals)),
         ("parts", f"{status.num_parts_done} of {status.num_parts}"),
+        *((f"retry {record.retry.number}", _retry(record)) for record in status.retries),
         ("started", status.created),
     )
+
+
+def _retry(record: RetryRecord) -> str:
+    retry = record.retry
+    reasons = ", ".join(reason.value for reason in retry.only)
+    asked = f"{reasons} with max_new_tokens {retry.max_new_tokens}, started {retry.created}"
+    if record.result is None:
+        return f"{asked}: not finished; `shardmill retry` on this folder goes on with it"
+    return f"{asked}: {_reasons(record.result.totals)}"
 
 
 def verify_text(report: VerifyReport) -> str:
@@ -101,14 +138,27 @@ def _memory(plan: JobPlan) -> str:
     memory = plan.memory
     verdict = "fits" if memory.fits else "DOES NOT FIT"
     return (
-        f"{_size(memory.weights)} weights and {_size(memory.cache)} cache for each worker, "
-        f"{_size(memory.available)} {memory.where}: {verdict}"
+        f"{readable(memory.weights)} weights and {readable(memory.cache)} cache for each worker, "
+        f"{readable(memory.available)} {memory.where}: {verdict}"
     )
 
 
 def _lines(title: str, *parts: tuple[str, str]) -> str:
     width = max(len(name) for name, _ in parts)
     return "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in parts)])
+
+
+def _engine(metrics: EngineMetrics) -> str:
+    """How a worker's time was spent, on average, and how well its slots were used."""
+    busy = metrics.prefill_seconds + metrics.decode_seconds
+    parts = [
+        f"slots {metrics.slot_occupancy:.0%} full",
+        f"{metrics.prefill_seconds / busy if busy else 0:.0%} of the time prefill",
+        f"{metrics.padding_share:.0%} padding",
+    ]
+    if metrics.num_saved_tokens:
+        parts.append(f"{metrics.num_saved_tokens:,} prompt tokens shared")
+    return ", ".join(parts)
 
 
 def _reasons(totals: Totals) -> str:
@@ -121,12 +171,6 @@ def _tokens(totals: Totals) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _size(num_bytes: int) -> str:
-    return (
-        f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
-    )
 
 
 def _shown(path: Path) -> str:

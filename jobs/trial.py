@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 from jobs.config import JobConfig
 from jobs.prepare import PreparedJob, prepared_for_now
+from pipeline.adapter_choice import AdapterChoice
 from pipeline.engine import build_engine
 from pipeline.errors import RowError
 from pipeline.model import Model, load_model
+from pipeline.placement import Demand
 from pipeline.prompts import PromptRenderer
 from pipeline.reader import ShardReader, plain_rows
 from pipeline.records import Completion, FinishReason, Request, RequestId, Shard
 from pipeline.sampling import random_key
+from pipeline.self_check import self_check
 from pipeline.stopping import UNDECODED, Generated
 
 
@@ -52,18 +55,27 @@ class _Trial:
     def __init__(self, prepared: PreparedJob, show: Callable[[str], None]) -> None:
         self._prepared = prepared
         self._show = show
-        self._model = load_model(prepared.checkpoint, prepared.job.model)
-        self._renderer = PromptRenderer(prepared.job.prompt, self._model.tokenizer)
+        demand = Demand(prepared.sampling.max_new_tokens + 1, num_workers=1)
+        self._model = load_model(prepared.checkpoint, prepared.job.model, demand=demand)
+        self._renderer = PromptRenderer(
+            prepared.job.prompt,
+            self._model.tokenizer,
+            max_tokens=self._model.prompt_room(prepared.sampling.max_new_tokens),
+        )
+        self._choice = AdapterChoice.of(prepared.job.model)
         self._stream = _Stream(self._model, show)
-        self._engine = build_engine(self._model, prepared.job.engine, self._stream.on_token)
+        settings = prepared.job.engine
+        check = self_check(self._model, settings) if prepared.job.model.self_check else None
+        self._engine = build_engine(self._model, settings, self._stream.on_token, check=check)
 
     def run(self) -> list[TriedRow]:
         self._show(f"generation: {self._prepared.describe_generation()}\n")
-        reader = ShardReader(self._renderer.columns)
+        names = tuple(dict.fromkeys((*self._renderer.columns, *self._choice.columns)))
+        reader = ShardReader(names)
         tried: list[TriedRow] = []
         for file in self._prepared.inputs.files:
             shard = Shard(0, file.path, file.name, 0, file.num_rows)
-            rows = plain_rows(reader.read(shard), self._renderer.columns)
+            rows = plain_rows(reader.read(shard), names)
             tried += [self._try_row(shard, row, values) for row, values in enumerate(rows)]
         return tried
 
@@ -74,6 +86,7 @@ class _Trial:
             if isinstance(values, RowError):
                 raise values
             prompt_ids = self._renderer.token_ids(self._renderer.render(values))
+            adapter = self._choice.made_by(values)
         except RowError as error:
             return self._done(
                 shard, None, Completion(identity, None, FinishReason.ERROR, error=str(error))
@@ -82,7 +95,8 @@ class _Trial:
         prompt = str(self._model.tokenizer.decode(prompt_ids))
         self._show(f"{prompt}\n--- completion\n")
         key = random_key(self._prepared.job.generation.seed, shard.row_id(row), 0)
-        self._engine.add([Request(identity, tuple(prompt_ids), self._prepared.sampling, key)])
+        sampling = self._prepared.sampling
+        self._engine.add([Request(identity, tuple(prompt_ids), sampling, key, adapter)])
         finished: list[Completion] = []
         while not finished:
             finished = self._engine.step()

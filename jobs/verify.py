@@ -6,17 +6,14 @@ of the runs that made the files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from jobs.ledger import Ledger
 from jobs.lock import read_owner
-from jobs.manifest import Manifest
-from jobs.parts import read_part
+from jobs.parts import PartInfo, read_part, shards_of_part
+from jobs.retries import read_retries
+from jobs.retry_counts import RetryCounts
 from jobs.row_checks import count, wrong_row, wrong_status
 from pipeline.errors import DamagedOutputError, LockedError
 from pipeline.segments import (
@@ -33,8 +30,6 @@ from pipeline.segments import (
 )
 from pipeline.writer import OUTPUT_FIELDS
 
-_BATCH_ROWS = 2048
-
 
 @dataclass(slots=True)
 class VerifyReport:
@@ -46,6 +41,8 @@ class VerifyReport:
         damage: what is torn, altered, foreign or doubled, a sentence for each file.
         missing: what a run has yet to do, a sentence for each part.
         notes: what is worth knowing and harms nothing, such as an input that is gone.
+        attempts: how many good rows were generated once, twice and so on; every retry that
+            generated a row is an attempt.
     """
 
     num_rows: int
@@ -55,6 +52,7 @@ class VerifyReport:
     damage: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    attempts: dict[int, int] = field(default_factory=dict)
 
     @property
     def state(self) -> str:
@@ -83,8 +81,11 @@ def verify(folder: Path) -> VerifyReport:
         )
     manifest = ledger.manifest
     report = VerifyReport(manifest.num_rows, manifest.num_samples, manifest.num_completions)
+    retries = RetryCounts()
     for part in range(manifest.num_parts):
-        _check_part(ledger, part, report)
+        if info := _check_part(ledger, part, report):
+            retries.add(info)
+    _check_retries(ledger, retries, report)
     _check_strangers(ledger, report)
     _check_segment_names(ledger, report)
     _check_success(ledger, report)
@@ -92,20 +93,22 @@ def verify(folder: Path) -> VerifyReport:
     return report
 
 
-def _check_part(ledger: Ledger, part: int, report: VerifyReport) -> None:
+def _check_part(ledger: Ledger, part: int, report: VerifyReport) -> PartInfo | None:
+    """What the part says about itself, if it is there and its rows are what they should be."""
     if not ledger.has_part(part):
         _check_segments(ledger, part, report)
-        return
+        return None
     try:
         info = read_part(ledger.folder, ledger.manifest, part)
         totals = _check_pages(ledger, part)
     except DamagedOutputError as error:
         report.damage.append(str(error))
-        return
+        return None
     if totals != info.totals:
         name = ledger.manifest.part_name(part)
         report.damage.append(f"the counts in the footer of '{name}' are not those of its rows")
     report.totals += totals
+    return info
 
 
 def _check_pages(ledger: Ledger, part: int) -> Totals:
@@ -113,7 +116,8 @@ def _check_pages(ledger: Ledger, part: int) -> Totals:
     path = ledger.folder.root / manifest.part_name(part)
     totals = Totals()
     with open_parquet(path) as file, reading(path):
-        pieces = _cut(_batches(file, manifest), manifest, part)
+        added = manifest.arrow_schema.names[-len(OUTPUT_FIELDS) :]
+        pieces = shards_of_part(file, manifest, part, added)
         for shard, table in zip(manifest.part_shards(part), pieces, strict=True):
             problem = wrong_row(table, manifest, manifest.shard(shard)) or wrong_status(
                 table, manifest.output_prefix
@@ -122,25 +126,6 @@ def _check_pages(ledger: Ledger, part: int) -> Totals:
                 raise DamagedOutputError(f"'{path}', shard {shard}: {problem}")
             totals += count(table, manifest.output_prefix)
     return totals
-
-
-def _batches(file: pq.ParquetFile, manifest: Manifest) -> Iterator[pa.Table]:
-    # All columns are decoded, for their checksums; only Shardmill's own are looked at.
-    added = manifest.arrow_schema.names[-len(OUTPUT_FIELDS) :]
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False):
-        yield pa.Table.from_batches([batch]).select(added)
-
-
-def _cut(batches: Iterator[pa.Table], manifest: Manifest, part: int) -> Iterator[pa.Table]:
-    """The rows of each shard of a part in turn."""
-    waiting: list[pa.Table] = []
-    for shard in manifest.part_shards(part):
-        wanted = manifest.shard_completions(shard)
-        while sum(table.num_rows for table in waiting) < wanted:
-            waiting.append(next(batches))
-        table = pa.concat_tables(waiting)
-        yield table.slice(0, wanted)
-        waiting = [table.slice(wanted)]
 
 
 def _check_segments(ledger: Ledger, part: int, report: VerifyReport) -> None:
@@ -181,6 +166,16 @@ def _check_shard(
         path = ledger.folder.segments / segment_name(shard, 0)
         raise DamagedOutputError(f"'{path}' or another commit of shard {shard}: {problem}")
     return totals
+
+
+def _check_retries(ledger: Ledger, retries: RetryCounts, report: VerifyReport) -> None:
+    report.attempts = retries.attempts(report.totals.num_completions)
+    try:
+        records = read_retries(ledger.folder)
+    except DamagedOutputError as error:
+        report.damage.append(str(error))
+        return
+    report.notes += retries.notes(records, ledger.folder.root)
 
 
 def _check_strangers(ledger: Ledger, report: VerifyReport) -> None:

@@ -9,20 +9,26 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from jobs.beacon import check
 from jobs.logs import log_handler
-from pipeline.checkpoint import fetch
+from pipeline.adapter_choice import AdapterChoice
+from pipeline.checkpoint import fetch, fetch_once
+from pipeline.errors import ModelError
 from pipeline.folder import RunFolder
-from pipeline.outcome import Progress, ShardOutcome, WorkerInfo
+from pipeline.hub import go_offline
+from pipeline.memory_limit import KeptMemoryLimit
+from pipeline.outcome import MemoryPeak, Progress, ShardOutcome, WorkerInfo
 from pipeline.reader import ShardReader
-from pipeline.records import Sampling, Shard
+from pipeline.records import RowRange, Sampling, Shard
 from pipeline.settings import EngineSettings, ModelSettings, PromptSettings
 from pipeline.writer import SegmentWriter
 
@@ -32,10 +38,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHARDS_IN_FLIGHT = 2
-"""Shards a worker holds at a time: one that runs, and one that fills the places it leaves."""
+"""Fewest shards a worker holds: one that runs, and one that fills the places it leaves."""
 
-CONCURRENCY = SHARDS_IN_FLIGHT + 2
-"""Threads of the actor: the shards, and `progress` and `drain` beside them."""
+OTHER_CALLS = 2
+"""Threads of the actor beside one for each shard: for `progress` and `drain`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +52,33 @@ class WorkerSpec:
         run_folder: must be the same folder on every node.
         output_schema: of segments and parts.
         passed_columns: input columns that are passed through.
+        model_digests: of the model's files and of its adapters', as the driver saw them.
+        beacon: what `jobs.beacon` has left in the run folder.
+        memory_file: where a memory limit that a worker has met is kept.
         started: when the job was, for chat templates that print the date.
         input_stamps: by path, of input files as they were planned.
+        num_per_node: workers that share a node at least.
+        shards_in_flight: shards it holds at a time.
     """
 
     prompt: PromptSettings
     model: ModelSettings
+    model_digests: tuple[str, ...]
     engine: EngineSettings
     sampling: Sampling
     seed: int
     num_samples: int
     run_folder: Path
+    beacon: str
+    memory_file: Path
     fingerprint: str
     output_schema: pa.Schema
     passed_columns: tuple[str, ...]
     started: datetime
     input_stamps: Mapping[str, str]
     num_threads: int
+    num_per_node: int = 1
+    shards_in_flight: int = SHARDS_IN_FLIGHT
 
 
 class Worker:
@@ -76,32 +92,72 @@ class Worker:
         self._index = index
         self._spec = spec
         self._runner: ShardRunner | None = None
+        self._peak: Callable[[], MemoryPeak] = MemoryPeak
 
     def place(self) -> str:
-        """Answers as soon as Ray has found room for the actor: the node's name."""
+        """Answers as soon as Ray has found room for the actor: the node's name.
+
+        Raises:
+            ShardmillError: the node does not see the run folder or the input.
+        """
+        check(RunFolder(self._spec.run_folder), self._spec.beacon, list(self._spec.input_stamps))
         return socket.gethostname()
+
+    def fetch(self) -> None:
+        """Downloads a hub model that this node lacks; from then on this process is offline."""
+        log = RunFolder(self._spec.run_folder).logs / f"worker-{self._index}.log"
+        logging.getLogger().addHandler(log_handler(log))
+        logging.getLogger().setLevel(logging.INFO)
+        fetch_once(self._spec.model)
+        go_offline()
 
     def load(self) -> WorkerInfo:
         """Loads model and tokenizer and makes the engine ready."""
-        folder = RunFolder(self._spec.run_folder)
-        logging.getLogger().addHandler(log_handler(folder.logs / f"worker-{self._index}.log"))
-        logging.getLogger().setLevel(logging.INFO)
+        # In a thread that ends with it. OpenMP's threads of one that stays would count as busy, and
+        # those of the engine would no longer spin but sleep between two products: a third slower.
+        with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
+            return pool.submit(self._load).result()
+
+    def _load(self) -> WorkerInfo:
         # Imported here and not above: torch must see the GPUs that Ray chose, and the driver
         # must not load it at all.
         from pipeline.engine import build_engine
         from pipeline.model import load_model
+        from pipeline.placement import Demand, peak_memory
         from pipeline.prompts import PromptRenderer
+        from pipeline.self_check import self_check
         from pipeline.shard_runner import ShardRunner
 
         spec = self._spec
         checkpoint = fetch(spec.model, local_files_only=True)
-        model = load_model(checkpoint, spec.model, num_threads=spec.num_threads)
-        renderer = PromptRenderer(spec.prompt, model.tokenizer, now=spec.started)
-        columns = tuple(dict.fromkeys((*spec.passed_columns, *renderer.columns)))
+        if checkpoint.digests != spec.model_digests:
+            raise ModelError(
+                f"model '{spec.model.path}', or an adapter of it, has other files on "
+                f"{socket.gethostname()} than when the run began; put the same files there, then "
+                "run the same command again"
+            )
+        model = load_model(
+            checkpoint,
+            spec.model,
+            num_threads=spec.num_threads,
+            demand=Demand(spec.sampling.max_new_tokens + 1, spec.num_per_node),
+        )
+        renderer = PromptRenderer(
+            spec.prompt,
+            model.tokenizer,
+            now=spec.started,
+            max_tokens=model.prompt_room(spec.sampling.max_new_tokens),
+        )
+        self._peak = peak_memory
+        choice = AdapterChoice.of(spec.model)
+        check = self_check(model, spec.engine) if spec.model.self_check else None
+        limit = KeptMemoryLimit(spec.memory_file, model.device_name)
+        columns = tuple(dict.fromkeys((*spec.passed_columns, *renderer.columns, *choice.columns)))
         self._runner = ShardRunner(
-            engine=build_engine(model, spec.engine),
+            engine=build_engine(model, spec.engine, limit=limit, check=check),
             reader=ShardReader(columns, spec.input_stamps),
             renderer=renderer,
+            choice=choice,
             writer=SegmentWriter(
                 spec.run_folder,
                 fingerprint=spec.fingerprint,
@@ -119,15 +175,17 @@ class Worker:
             devices=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             model=model.summary,
             notes=model.notes,
+            self_check=None if check is None else check.figures(),
+            load_seconds=model.load_seconds,
         )
 
-    def run(self, shard: Shard) -> ShardOutcome:
-        """Completes one shard; several calls run at a time."""
-        return self._ready().run(shard)
+    def run(self, shard: Shard, rows: RowRange | None = None) -> ShardOutcome:
+        """Completes one shard, or these rows of it; several calls run at a time."""
+        return self._ready().run(shard, rows)
 
     def progress(self) -> Progress:
         """The counts so far."""
-        return self._ready().progress()
+        return replace(self._ready().progress(), peak=self._peak())
 
     def drain(self) -> None:
         """Ends every `run` after it has committed what is finished."""

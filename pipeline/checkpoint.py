@@ -13,18 +13,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.adapter_files import AdapterFiles, fetch_adapters
 from pipeline.errors import ModelError
-from pipeline.hub import download
+from pipeline.gguf import GgufHeader, read_header
+from pipeline.hub import download, download_lock, is_hub_id
 from pipeline.model_files import (
     PICKLE,
     SAFETENSORS,
-    check_header,
     digest,
     has_weights,
     read_json,
+    read_tensors,
+    small_files,
     weight_files,
 )
 from pipeline.settings import ModelSettings
+from pipeline.stored import stored_quantization
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,6 +54,10 @@ class Checkpoint:
         revision: the commit of a hub model; None for a folder.
         digest: of the files that decide the answers; other weights or templates, other digest,
             whatever the folder and the times of its files.
+        weights: the files that are loaded.
+        quantization: how they are stored, such as `gptq`; `none` if plain.
+        config: of `config.json`, or of a GGUF file in the same terms.
+        has_tokenizer: whether the folder has one; else it is in the GGUF file.
         context_length: tokens of prompt and completion together; None if the configuration
             does not say.
         generation_defaults: what `generation_config.json` says, or nothing.
@@ -59,9 +67,19 @@ class Checkpoint:
     folder: Path
     revision: str | None
     digest: str
+    weights: tuple[Path, ...]
+    quantization: str
+    config: Mapping[str, Any]
+    has_tokenizer: bool
     context_length: int | None
     has_chat_template: bool
     generation_defaults: Mapping[str, object] = field(default_factory=dict)
+    adapters: tuple[AdapterFiles, ...] = ()
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Of the model and of each adapter."""
+        return (self.digest, *(adapter.digest for adapter in self.adapters))
 
 
 def fetch(settings: ModelSettings, local_files_only: bool = False) -> Checkpoint:
@@ -75,24 +93,63 @@ def fetch(settings: ModelSettings, local_files_only: bool = False) -> Checkpoint
         ModelError: it is not there, not whole, or not to be loaded as the settings ask.
     """
     folder = Path(settings.path).expanduser()
-    is_local = folder.is_dir()
+    is_local = folder.exists()
     if is_local:
-        _check_local(settings)
+        _check_local(settings, folder)
     else:
         folder = _download(settings, local_files_only)
-    config = _check(settings, folder)
+    header = None if settings.gguf_file is None else read_header(_gguf_file(settings, folder))
+    config = _plain_config(settings, folder) if header is None else header.config
+    quantization = stored_quantization(settings, config)
+    has_tokenizer = _check_tokenizer(settings, folder, header)
+    weights = _checked_weights(settings, folder) if header is None else (header.path,)
     return Checkpoint(
         source=settings.path,
         folder=folder,
         revision=None if is_local else folder.name,
-        digest=digest(folder),
+        digest=digest(folder, small_files(folder), weights),
+        weights=weights,
+        quantization=quantization,
+        config=config,
+        has_tokenizer=has_tokenizer,
         context_length=_context_length(config),
-        has_chat_template=_has_chat_template(folder),
+        has_chat_template=_has_chat_template(folder, None if has_tokenizer else header),
         generation_defaults=read_json(folder / "generation_config.json"),
+        adapters=fetch_adapters(settings, local_files_only),
     )
 
 
-def _check_local(settings: ModelSettings) -> None:
+def fetch_once(settings: ModelSettings) -> Checkpoint:
+    """As `fetch`, for one of several processes on a machine that may lack a hub model.
+
+    The first of them downloads it while the others wait; they find it in the cache then, and the
+    hub is asked no more.
+    """
+    adapters = () if settings.adapter is None else settings.adapter.named_paths.values()
+    hub_ids = [path for path in (settings.path, *adapters) if is_hub_id(path)]
+    if not hub_ids:
+        return fetch(settings)
+    checkpoint = _cached(settings)
+    if checkpoint is None:
+        with download_lock(hub_ids[0]):
+            checkpoint = _cached(settings) or fetch(settings)
+    return checkpoint
+
+
+def _cached(settings: ModelSettings) -> Checkpoint | None:
+    """None if it is not in the cache, or not whole there, which a download mends or tells."""
+    try:
+        return fetch(settings, local_files_only=True)
+    except ModelError:
+        return None
+
+
+def _check_local(settings: ModelSettings, folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelError(
+            f"model.path {settings.path!r} is a file: set it to the folder, and for GGUF "
+            "model.gguf_file to the file's name."
+        )
     if settings.revision is not None:
         raise ModelError(
             f"model.revision is {settings.revision!r}, but model.path {settings.path!r} is a "
@@ -107,22 +164,46 @@ def _download(settings: ModelSettings, local_files_only: bool) -> Path:
             f"40 hexadecimal digits, so that nobody can change the code; got {settings.revision!r}."
         )
     folder = download(settings, allow_pickle=False, local_files_only=local_files_only)
-    if settings.allow_pickle and not has_weights(folder, SAFETENSORS):
+    if settings.allow_pickle and not settings.gguf_file and not has_weights(folder, SAFETENSORS):
         folder = download(settings, allow_pickle=True, local_files_only=local_files_only)
     return folder
 
 
-def _check(settings: ModelSettings, folder: Path) -> dict[str, Any]:
-    """Checks the files of a model; returns its `config.json`."""
+def quantization_name(checkpoint: Checkpoint, settings: ModelSettings) -> str:
+    """How a model's weights are held, or were stored: a method of either, or `none`."""
+    if checkpoint.quantization != "none":
+        return checkpoint.quantization
+    return settings.quantization.method
+
+
+def _gguf_file(settings: ModelSettings, folder: Path) -> Path:
+    path = folder / str(settings.gguf_file)
+    if not path.is_file():
+        raise ModelError(
+            f"model.gguf_file {settings.gguf_file!r} is no file of {settings.path!r}; "
+            f"{_gguf_names(folder)}."
+        )
+    return path
+
+
+def _gguf_names(folder: Path) -> str:
+    names = sorted(path.name for path in folder.glob("*.gguf"))
+    return f"there are {', '.join(names)}" if names else "there are no GGUF files"
+
+
+def _plain_config(settings: ModelSettings, folder: Path) -> dict[str, Any]:
+    """The `config.json` of a model that is not GGUF."""
     config = read_json(folder / "config.json")
+    if not config and any(folder.glob("*.gguf")):
+        raise ModelError(
+            f"model.path {settings.path!r} holds GGUF files: set model.gguf_file to the one that "
+            f"is to be used; {_gguf_names(folder)}."
+        )
     if not config:
         raise ModelError(
             f"model.path {settings.path!r} holds no config.json: it is not a transformers model."
         )
     _check_code(settings, config)
-    _check_quantization(settings, config)
-    _check_tokenizer(settings, folder)
-    _check_weights(settings, folder)
     return config
 
 
@@ -145,35 +226,35 @@ def _is_known(config: Mapping[str, Any]) -> bool:
     return bool(name) and (Path(spec.origin or "").parent / "models" / name).is_dir()
 
 
-def _check_quantization(settings: ModelSettings, config: Mapping[str, Any]) -> None:
-    stored = config.get("quantization_config")
-    if stored and settings.quantization != "none":
-        method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
-        raise ModelError(
-            f"model.quantization is {settings.quantization!r}, but the weights of "
-            f"{settings.path!r} are quantized already ({method}): leave model.quantization out."
-        )
-
-
-def _check_tokenizer(settings: ModelSettings, folder: Path) -> None:
-    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    if not has_tokenizer and not any(folder.glob("*.tiktoken")):
+def _check_tokenizer(settings: ModelSettings, folder: Path, header: GgufHeader | None) -> bool:
+    """Checks that there is a tokenizer; whether it is one in files of its own."""
+    has_file = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    if has_file or any(folder.glob("*.tiktoken")):
+        return True
+    if header is None or not header.has_tokenizer:
         raise ModelError(
             f"model {settings.path!r} holds no tokenizer (such as tokenizer.json): save one into "
             "it with tokenizer.save_pretrained."
         )
+    return False
 
 
-def _check_weights(settings: ModelSettings, folder: Path) -> None:
+def _checked_weights(settings: ModelSettings, folder: Path) -> tuple[Path, ...]:
+    """The files of a model that is not GGUF, whole as far as their headers tell."""
     has_pickle = has_weights(folder, PICKLE)
     if has_weights(folder, SAFETENSORS):
         for path in weight_files(folder):
-            check_header(path)
+            read_tensors(path)
     elif has_pickle and not settings.allow_pickle:
         raise ModelError(
             f"model {settings.path!r} has weights only as pickle files, which can run code when "
             "loaded: convert them to safetensors, or set model.allow_pickle: true if you trust "
             "them."
+        )
+    elif has_pickle and settings.offload == "disk":
+        raise ModelError(
+            f"model {settings.path!r} has weights only as pickle files, which cannot be read at "
+            "every step: convert them to safetensors, or set model.offload to cpu."
         )
     elif not has_pickle:
         raise ModelError(
@@ -181,6 +262,7 @@ def _check_weights(settings: ModelSettings, folder: Path) -> None:
             "several; pickle weights of a hub model are fetched only with "
             "model.allow_pickle: true."
         )
+    return tuple(weight_files(folder))
 
 
 def _context_length(config: Mapping[str, Any]) -> int | None:
@@ -192,7 +274,10 @@ def _context_length(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _has_chat_template(folder: Path) -> bool:
+def _has_chat_template(folder: Path, header: GgufHeader | None) -> bool:
+    """Whether the tokenizer has one: that of the GGUF file, or that in the folder."""
+    if header is not None:
+        return header.has_chat_template
     return (
         (folder / "chat_template.jinja").is_file()
         or any(folder.glob("additional_chat_templates/*.jinja"))

@@ -15,22 +15,26 @@ from dataclasses import replace
 import torch
 
 from pipeline.admission import failed, refusal
-from pipeline.batch import BROKEN, Batch, Picker
+from pipeline.batch import Batch, pick_first
+from pipeline.decoder import Decoder
 from pipeline.errors import describe
 from pipeline.forward import Forward
 from pipeline.intake import Intake
+from pipeline.memory_limit import MemoryLimit
 from pipeline.metrics import EngineMetrics
 from pipeline.model import Model
 from pipeline.prefill import Part, Prefilled, Prefiller
 from pipeline.records import Completion, Request
 from pipeline.room import Room, default_cache_bytes, is_out_of_memory
+from pipeline.sampling import BROKEN
+from pipeline.stepping import Stepping, stepping_for
 from pipeline.stopping import TokenListener, nobody_listens
 from pipeline.waiting import Row, Waiting
 
 logger = logging.getLogger(__name__)
 
-REFILL_SHARE = 8
-"""Free slots are refilled when they are an eighth of all, so that prefill is a batch."""
+REFILL_SHARE = 10
+"""Free slots are refilled when they are a tenth of all, so that prefill is a batch."""
 LOOKAHEAD = 8
 """Rows that are sorted by length at a time, per slot."""
 
@@ -42,6 +46,8 @@ class ContinuousEngine:
         num_slots: most rows at a time.
         cache_bytes: memory for keys and values; None takes what a GPU has left, or a default.
         on_token: told of each row after each of its tokens.
+        limit: what running out of memory has taught others.
+        stepping: how decode steps are launched and read; None is what suits the model's device.
     """
 
     def __init__(
@@ -50,18 +56,22 @@ class ContinuousEngine:
         num_slots: int,
         cache_bytes: int | None = None,
         on_token: TokenListener = nobody_listens,
+        limit: MemoryLimit | None = None,
+        stepping: Stepping | None = None,
     ) -> None:
         self._on_token = on_token
         self.num_running = 0
-        self.num_prompt_tokens = 0
         self._metrics = EngineMetrics()
         self._model = model
         self._forward = Forward(model)
         self._prefiller = Prefiller(self._forward)
-        self._batch = Batch(self._forward)
+        self._stepping = stepping or stepping_for(model)
+        self._decoder = Decoder(self._forward, self._stepping.make_capture)
+        self._batch = self._new_batch()
         self._intake = Intake(model.vocabulary)
         self._waiting = Waiting(num_lookahead=LOOKAHEAD * num_slots)
-        self._room = Room(num_slots, cache_bytes or default_cache_bytes(model.device))
+        num_bytes = cache_bytes or default_cache_bytes(model.devices)
+        self._room = Room(num_slots, num_bytes, limit or MemoryLimit())
         self._admitting: list[Row] = []
         self._finished: list[Completion] = []
         self._num_open = 0
@@ -70,16 +80,6 @@ class ContinuousEngine:
     def num_waiting(self) -> int:
         """Requests not started or put back, and error completions not yet returned."""
         return self._num_open - self.num_running
-
-    @property
-    def num_generated_tokens(self) -> int:
-        """Tokens generated so far."""
-        return self._metrics.num_generated_tokens
-
-    @property
-    def max_tokens(self) -> int | None:
-        """Most tokens of all rows together, as memory allows; None before the first step."""
-        return self._room.max_tokens
 
     @property
     def metrics(self) -> EngineMetrics:
@@ -125,7 +125,7 @@ class ContinuousEngine:
         if num_live and num_free * REFILL_SHARE < num_live + num_free:
             return
         while num_free > 0 and (rows := self._waiting.head(num_free)):
-            self._prefiller.share(self._waiting.prefix)
+            self._prefiller.share(self._waiting.prefix, self._waiting.prefix_adapter)
             part = self._prefiller.next_part(rows)
             self._admitting = self._waiting.take(len(part.rows))
             self._admit(part)
@@ -164,61 +164,60 @@ class ContinuousEngine:
 
     def _welcome(self, rows: Sequence[Row], prefilled: Prefilled) -> None:
         """Gives prefilled rows their next token, and slots to those that it does not end."""
-        self._room.set_token_bytes(prefilled.cache.num_token_bytes)
-        self.num_prompt_tokens += sum(row.length for row in rows)
-        tokens = Picker(rows, self._model.device).pick(prefilled.logits).tolist()
-        ended = self._accept(rows, tokens)
-        self._take_in(rows, prefilled, [n for n in range(len(rows)) if n not in ended])
+        self._room.set_token_bytes(prefilled.cache.token_bytes)
+        tokens = pick_first(rows, self._model.vocabulary, prefilled.logits)
+        self._accept(zip(rows, tokens, strict=True))
+        self._take_in(rows, prefilled, [n for n, row in enumerate(rows) if not row.has_ended])
 
     def _take_in(self, rows: Sequence[Row], prefilled: Prefilled, places: list[int]) -> None:
         """Gives slots to the rows at these places."""
         length = max(self._batch.cache.window.length, prefilled.cache.window.length)
         num_free = max(0, self._room.num_rows(length) - len(self._batch))
         # More rows than slots, if the memory they take was not known before.
-        self._put_back([rows[place] for place in places[num_free:]])
-        places = places[:num_free]
+        places, left_over = places[:num_free], places[num_free:]
         if places:
             self._room.make_for(self._batch.cache, len(self._batch) + len(places), length)
             sources = [prefilled.sources[place] for place in places]
             self._batch.append([rows[place] for place in places], prefilled.cache, sources)
+        # Last: where memory runs out above, all that are being admitted are put back.
+        self._put_back([rows[place] for place in left_over])
 
     def _decode(self) -> None:
-        """Gives each live row a token and retires those that it ends."""
+        """Gives each live row a token and retires the rows that have ended."""
         if not self._batch.rows:
             return
         started = time.perf_counter()
         self._make_column()
-        num_slots, num_live = self._batch.cache.num_slots, len(self._batch)
-        ended = self._accept(self._batch.rows, self._batch.decode())
-        if ended:
+        num_slots = self._batch.cache.num_slots
+        tokens = self._batch.decode()
+        num_finished = len(self._finished)
+        self._accept(tokens)
+        if len(self._finished) > num_finished:
+            ended = {slot for slot, row in enumerate(self._batch.rows) if row.has_ended}
             self._batch.remove(ended)
         seconds = time.perf_counter() - started
-        self._metrics = self._metrics.after_decode(num_slots, num_live, seconds)
+        self._metrics = self._metrics.after_decode(num_slots, len(tokens), seconds)
 
-    def _accept(self, rows: Sequence[Row], tokens: Iterable[int]) -> set[int]:
-        """Takes each row's token to it; the places of those that have ended."""
-        ended = set()
-        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+    def _accept(self, tokens: Iterable[tuple[Row, int]]) -> None:
+        """Takes each row's token to it; some of them end by it."""
+        for row, token in tokens:
             if token == BROKEN:
                 self._fail(row, "nan: the model's output is not a number")
-                ended.add(place)
                 continue
             if row.generated.add(token):
                 self._close(row)
-                ended.add(place)
             self._on_token(row.generated)
-        return ended
 
     def _make_column(self) -> None:
         """Sees to it that the next tokens have a column; the youngest rows may have to go."""
         cache = self._batch.cache
-        if self._room.make_column(cache):
+        if self._room.make_column(cache, in_buckets=self._decoder.replays):
             return
         length = cache.window.length + 1
         youngest = self._batch.by_age()[self._room.num_rows(length) :]
         if youngest:
-            self._put_back(youngest)
             self._batch.remove({self._batch.rows.index(row) for row in youngest})
+            self._put_back(youngest)
         self._room.resize(cache, length)
 
     def _put_back(self, rows: Sequence[Row]) -> None:
@@ -231,19 +230,23 @@ class ContinuousEngine:
         A row that was alone does not fit at all.
         """
         rows = list(dict.fromkeys([*self._batch.by_age(), *self._admitting]))
-        self._batch = Batch(self._forward)
+        self._decoder.forget()
+        self._batch = self._new_batch()
         self._prefiller.forget()
         self._admitting = []
         torch.cuda.empty_cache()
         self._metrics = self._metrics.plus(out_of_memory=1)
         if len(rows) > 1:
             self._room.halve(len(rows), max(row.length for row in rows))
-            self._waiting.put_back([row for row in rows if row.generated.completion is None])
+            self._waiting.put_back([row for row in rows if not row.has_ended])
             logger.warning(
                 "out of memory with %d rows (%s): going on with less", len(rows), message
             )
-        elif rows[0].generated.completion is None:
+        elif not rows[0].has_ended:
             self._fail(rows[0], f"out_of_memory: {rows[0].length} tokens do not fit, even alone")
+
+    def _new_batch(self) -> Batch:
+        return Batch(self._decoder, self._model.vocabulary, self._stepping.reads_behind)
 
     def _fail(self, row: Row, error: str) -> None:
         """Ends a row as an error; `error` is `kind: message`."""

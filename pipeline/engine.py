@@ -13,9 +13,11 @@ from typing import Protocol
 from pipeline.cache_support import unsupported
 from pipeline.continuous_engine import ContinuousEngine
 from pipeline.errors import ModelError
+from pipeline.memory_limit import MemoryLimit
+from pipeline.metrics import EngineMetrics
 from pipeline.model import Model
-from pipeline.padding import padding_problem
 from pipeline.records import Completion, Request
+from pipeline.self_check import Batches, SelfCheck
 from pipeline.settings import EngineSettings
 from pipeline.static_engine import StaticEngine
 from pipeline.stopping import TokenListener, nobody_listens
@@ -39,12 +41,8 @@ class Engine(Protocol):
         """Requests in the batch; 0 between two steps of an engine that finishes its batches."""
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Prompt tokens worked through so far; it only grows, also during a step."""
-
-    @property
-    def num_generated_tokens(self) -> int:
-        """Tokens generated so far, repeated work included; it only grows, also during a step."""
+    def metrics(self) -> EngineMetrics:
+        """What has been done so far; new figures come also during a step."""
 
     def add(self, requests: Sequence[Request]) -> None:
         """Queues requests, in any order and at any time."""
@@ -54,11 +52,18 @@ class Engine(Protocol):
 
 
 def build_engine(
-    model: Model, settings: EngineSettings, on_token: TokenListener = nobody_listens
+    model: Model,
+    settings: EngineSettings,
+    on_token: TokenListener = nobody_listens,
+    limit: MemoryLimit | None = None,
+    check: SelfCheck | None = None,
 ) -> Engine:
-    """The engine that the settings ask for; it tells `on_token` of every token.
+    """The engine that the settings ask for, or one that asks less of the model.
 
-    A model whose answers padding would change gets one that pads nothing, whatever is asked for.
+    Args:
+        on_token: told of each row after each of its tokens.
+        limit: what running out of memory has taught others.
+        check: the batches in which the model's answers are right; None takes any for right.
 
     Raises:
         ModelError: the continuous engine is asked for and cannot take the model.
@@ -68,14 +73,12 @@ def build_engine(
         raise ModelError(
             f"engine.kind is continuous, but {reason}: set engine.kind to auto or static"
         )
-    problem = padding_problem(model)
-    if problem:
-        logger.warning(
-            "taking the static engine with prompts of one length at a time, since %s", problem
-        )
-        return StaticEngine(model, settings.batch_size, on_token, equal_lengths=True)
-    if settings.kind == "static" or reason:
-        if settings.kind == "auto":
-            logger.info("taking the static engine: %s", reason)
-        return StaticEngine(model, settings.batch_size, on_token)
-    return ContinuousEngine(model, settings.batch_size, settings.cache_bytes, on_token)
+    batches = Batches.SLOTS if check is None else check.batches
+    if batches is Batches.EQUAL_LENGTHS:
+        logger.warning("taking the static engine with prompts of one length at a time")
+        return StaticEngine(model, settings.batch_size, on_token, equal_lengths=True, limit=limit)
+    if settings.kind == "static" or reason or batches is Batches.PADDED:
+        if settings.kind != "static":
+            logger.info("taking the static engine: %s", reason or "slots change answers")
+        return StaticEngine(model, settings.batch_size, on_token, limit=limit)
+    return ContinuousEngine(model, settings.batch_size, settings.cache_bytes, on_token, limit)

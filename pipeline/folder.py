@@ -2,7 +2,8 @@
 
     part-00000.parquet …     the output
     _SUCCESS                 only when complete
-    .shardmill/              manifest.json, job.yaml, lock, segments/, tmp/, logs/, input/
+    .shardmill/              manifest.json, job.yaml, metrics.json, memory.json, lock, beacon,
+                             segments/, tmp/, logs/, input/, retries/
 
 The inner folder starts with a dot so that readers of the output skip it.
 """
@@ -40,6 +41,21 @@ class RunFolder:
         return self.internal / "lock"
 
     @property
+    def beacon(self) -> Path:
+        """A word of the present or last run, by which nodes tell that they see this folder."""
+        return self.internal / "beacon"
+
+    @property
+    def metrics(self) -> Path:
+        """What the workers of the last run have done."""
+        return self.internal / "metrics.json"
+
+    @property
+    def memory(self) -> Path:
+        """How many tokens run together, where memory has run out."""
+        return self.internal / "memory.json"
+
+    @property
     def segments(self) -> Path:
         """Committed pieces of shards that are in no part yet."""
         return self.internal / "segments"
@@ -58,6 +74,11 @@ class RunFolder:
     def input(self) -> Path:
         """Inputs that had to be converted to Parquet."""
         return self.internal / "input"
+
+    @property
+    def retries(self) -> Path:
+        """A folder for each retry, by number."""
+        return self.internal / "retries"
 
     @property
     def success(self) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ SMALL_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 CODE_PATTERNS = ("*.py",)
 SAFETENSORS_PATTERNS = ("model*.safetensors",)  # not consolidated.safetensors: the same again
 PICKLE_PATTERNS = ("pytorch_model*.bin",)
+ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_PICKLE_PATTERNS = ("adapter_model.bin",)
 
 
 def download(settings: ModelSettings, *, allow_pickle: bool, local_files_only: bool) -> Path:
@@ -28,36 +32,82 @@ def download(settings: ModelSettings, *, allow_pickle: bool, local_files_only: b
     Raises:
         ModelError: no such model or revision, no access to it, or no connection.
     """
+    patterns = [*SMALL_PATTERNS]
+    patterns += SAFETENSORS_PATTERNS if settings.gguf_file is None else (settings.gguf_file,)
+    patterns += CODE_PATTERNS if settings.trust_remote_code else ()
+    patterns += PICKLE_PATTERNS if allow_pickle else ()
+    return _snapshot("model.path", settings.path, settings.revision, patterns, local_files_only)
+
+
+def download_adapter(path: str, *, allow_pickle: bool, local_files_only: bool) -> Path:
+    """The folder of a hub adapter, likewise."""
+    patterns = [*ADAPTER_PATTERNS, *(ADAPTER_PICKLE_PATTERNS if allow_pickle else ())]
+    return _snapshot("model.adapter", path, None, patterns, local_files_only)
+
+
+@contextmanager
+def download_lock(hub_id: str) -> Iterator[None]:
+    """Lets one process at a time in, of those that share a cache; it goes with its process.
+
+    Raises:
+        ModelError: the cache cannot be written.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    folder = Path(constants.HF_HUB_CACHE) / ".locks"  # where the hub's client has its own
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"shardmill--{hub_id.replace('/', '--')}.lock"
+            held.enter_context(WeakFileLock(folder / name))
+        except OSError as error:
+            raise ModelError(
+                f"{hub_id!r} is not in the hub's cache, which cannot be written: {error}"
+            ) from error
+        yield
+
+
+def go_offline() -> None:
+    """Keeps all of this process from asking the hub: what it needs is there by now."""
+    from huggingface_hub import constants
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True  # read from the environment when it was imported
+
+
+def _snapshot(
+    setting: str, path: str, revision: str | None, patterns: list[str], local_files_only: bool
+) -> Path:
     # Importing it takes a good part of a second, and a model in a folder needs none of it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    patterns = [*SMALL_PATTERNS, *SAFETENSORS_PATTERNS]
-    patterns += CODE_PATTERNS if settings.trust_remote_code else ()
-    patterns += PICKLE_PATTERNS if allow_pickle else ()
     # One of the bases is the HTTP library's own error, whichever library this version uses.
     expected: Any = (OSError, HFValidationError, *HfHubHTTPError.__bases__)
     try:
         return Path(
             snapshot_download(
-                settings.path,
-                revision=settings.revision,
+                path,
+                revision=revision,
                 allow_patterns=patterns,
                 local_files_only=local_files_only,
             )
         )
     except expected as error:
-        raise ModelError(_sentence(settings, error, local_files_only)) from error
+        raise ModelError(_sentence(setting, path, revision, error, local_files_only)) from error
 
 
-def _sentence(settings: ModelSettings, error: Exception, local_files_only: bool) -> str:
+def _sentence(
+    setting: str, path: str, revision: str | None, error: Exception, local_files_only: bool
+) -> str:
     from huggingface_hub import errors
 
-    name = f"model.path {settings.path!r}"
-    if isinstance(error, errors.HFValidationError) or _looks_like_path(settings.path):
+    name = f"{setting} {path!r}"
+    if isinstance(error, errors.HFValidationError) or _looks_like_path(path):
         return f"{name} is neither a folder on this machine nor a hub id such as 'org/name'."
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"model.revision {settings.revision!r} is no branch, tag or commit of {name}."
+        return f"model.revision {revision!r} is no branch, tag or commit of {name}."
     if isinstance(error, errors.GatedRepoError):
         return (
             f"{name} is gated: accept its terms on its hub page, and log in with `hf auth login` "
@@ -73,9 +123,14 @@ def _sentence(settings: ModelSettings, error: Exception, local_files_only: bool)
         return (
             f"{name} is no folder on this machine and is not, or not whole, in its hub cache, and "
             f"{wanted}: check the name and the connection, or download it first with "
-            f"`hf download {settings.path}`."
+            f"`hf download {path}`."
         )
     return f"{name} cannot be downloaded from the hub: {error}"
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a model or adapter of this name is looked for on the hub."""
+    return not Path(path).expanduser().exists() and not _looks_like_path(path)
 
 
 def _looks_like_path(path: str) -> bool:

@@ -6,7 +6,7 @@ from pipeline.records import Request, Sampling
 from pipeline.stopping import Generated, StopStrings, Vocabulary
 from pipeline.waiting import Row
 
-Key = tuple[tuple[int, ...], Sampling]
+Key = tuple[tuple[int, ...], Sampling, str]
 
 
 class Intake:
@@ -20,9 +20,9 @@ class Intake:
     def row_for(self, request: Request) -> Row | None:
         """A new row; None if the request has joined one that waits or runs.
 
-        Greedy requests of one prompt and one setting share a row: chance has no part in them.
+        Greedy requests of one prompt, setting and adapter share a row: chance has no part in them.
         """
-        key = (request.prompt_ids, request.sampling)
+        key = _key(request)
         if key in self._greedy:
             self._greedy[key].requests.append(request)
             return None
@@ -35,10 +35,14 @@ class Intake:
         """Lets nothing join a row any more."""
         request = row.requests[0]
         if request.sampling.temperature == 0:
-            del self._greedy[request.prompt_ids, request.sampling]
+            del self._greedy[_key(request)]
 
     def _stops_of(self, request: Request) -> StopStrings:
         stop = request.sampling.stop
         if stop not in self._stops:
             self._stops[stop] = StopStrings(stop, self._vocabulary)
         return self._stops[stop]
+
+
+def _key(request: Request) -> Key:
+    return request.prompt_ids, request.sampling, request.adapter

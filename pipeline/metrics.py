@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 
@@ -25,7 +25,7 @@ class EngineMetrics:
     """A moment's figures; they only grow.
 
     Attributes:
-        num_steps: decode steps.
+        num_steps: decode steps, each a token for every live row.
         num_slot_steps: slots, summed over the steps.
         num_live_slot_steps: slots that held a row, summed over the steps.
         num_prefilled_tokens, num_padding_tokens, num_saved_tokens: see `PrefillCounts`.
@@ -47,6 +47,14 @@ class EngineMetrics:
     num_window_moves: int = 0
     num_put_back: int = 0
     num_out_of_memory: int = 0
+
+    def __add__(self, other: EngineMetrics) -> EngineMetrics:
+        """Of two engines together."""
+        sums = {
+            field.name: getattr(self, field.name) + getattr(other, field.name)
+            for field in fields(self)
+        }
+        return EngineMetrics(**sums)
 
     @property
     def slot_occupancy(self) -> float:

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,9 +25,23 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipeline.checkpoint import Checkpoint
+from pipeline.adapters import AdapterChooser, with_adapters
+from pipeline.checkpoint import Checkpoint, quantization_name
 from pipeline.errors import ModelError, ResourceError, ShardmillError, describe
-from pipeline.quantization import quantization_config, quiet_bitsandbytes
+from pipeline.host_memory import readable
+from pipeline.outcome import MemoryPeak
+from pipeline.placement import (
+    ONE_TOKEN,
+    Demand,
+    check_memory,
+    devices_of,
+    is_spilled,
+    peak_memory,
+    place_names,
+    placement_options,
+    too_big,
+)
+from pipeline.quantization import num_weight_bytes, quantization_config, quiet_bitsandbytes
 from pipeline.room import is_out_of_memory
 from pipeline.settings import ModelSettings
 from pipeline.special_tokens import eos_ids_of, pad_id_of, vocabulary_of
@@ -55,7 +69,9 @@ UNSUPPORTED_GENERATION = (
     "top_h",
     "typical_p",
 )
-"""What `generation_config.json` may ask for and no engine does."""
+"""What `generation_config.json` may ask for and is not done."""
+PLACED_ELSEWHERE = "Some modules are dispatched on the CPU"
+"""How transformers refuses to quantize what has no room on the GPUs."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +80,14 @@ class Model:
 
     Attributes:
         device: where `input_ids` go.
+        other_devices: further ones that layers run on.
         vocabulary: for stopping; its `eos_ids` come from the generation config and the tokenizer.
         num_embeddings: prompt token ids are below this.
         context_length: tokens of prompt and completion together; None if there is no limit.
         num_weight_bytes: memory of weights and buffers.
+        peak: of this process's memory when it was loaded.
         notes: what a user should know about how it was loaded, a sentence each.
+        chooser: where each row chooses its adapter; None if there is none, or one for all.
     """
 
     model: PreTrainedModel
@@ -83,12 +102,42 @@ class Model:
     dtype: torch.dtype
     quantization: str
     load_seconds: float
+    other_devices: tuple[torch.device, ...] = ()
+    peak: MemoryPeak = field(default_factory=MemoryPeak)
     notes: tuple[str, ...] = ()
+    num_adapters: int = 0
+    chooser: AdapterChooser | None = None
 
     @property
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end a completion."""
         return self.vocabulary.eos_ids
+
+    def prompt_room(self, max_new_tokens: int) -> int | None:
+        """Most tokens of a prompt that leaves room for so many; None if there is no limit."""
+        return None if self.context_length is None else self.context_length - max_new_tokens
+
+    @property
+    def device_name(self) -> str:
+        """What kind of device it is on: `cpu`, or the GPU's name, and how many of them."""
+        if self.device.type != "cuda":
+            return self.device.type
+        name, count = torch.cuda.get_device_name(self.device), len(self.devices)
+        return f"{count} x {name}" if count > 1 else name
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where its layers run; the first is `device`."""
+        return (self.device, *self.other_devices)
+
+    @property
+    def caller(self) -> Any:
+        """What is called, or asked to `generate`, in place of `model`."""
+        return self.model if self.chooser is None else self.chooser.model
+
+    def adapter_options(self, adapters: Sequence[str]) -> dict[str, Any]:
+        """What `caller` must be told for rows that have chosen these adapters."""
+        return {} if self.chooser is None else self.chooser.options(adapters)
 
     @property
     def summary(self) -> str:
@@ -96,15 +145,25 @@ class Model:
         kind = str(self.dtype).removeprefix("torch.")
         if self.quantization != "none":
             kind = f"{self.quantization} ({kind})"
+        if self.num_adapters:
+            kind = f"{kind}, {self.num_adapters} LoRA adapter{'s' * (self.num_adapters > 1)}"
         return (
             f"{type(self.model).__name__}, {self.num_parameters / 1e6:,.1f}M parameters, {kind}, "
-            f"{self.num_weight_bytes / 2**20:,.0f} MiB on {self.device}, "
-            f"loaded in {self.load_seconds:.1f} s"
+            f"{self.num_weight_bytes / 2**20:,.0f} MiB on {place_names(self.model)}, "
+            f"loaded in {self.load_seconds:.1f} s, {self._peaks}"
         )
+
+    @property
+    def _peaks(self) -> str:
+        peaks = [f"cuda:{index} {readable(peak)}" for index, peak in enumerate(self.peak.gpus)]
+        return f"peak memory {', '.join([readable(self.peak.host), *peaks])}"
 
 
 def load_model(
-    checkpoint: Checkpoint, settings: ModelSettings, num_threads: int | None = None
+    checkpoint: Checkpoint,
+    settings: ModelSettings,
+    num_threads: int | None = None,
+    demand: Demand = ONE_TOKEN,
 ) -> Model:
     """Loads a checkpoint onto the GPUs this process sees, or the CPU if it sees none.
 
@@ -112,6 +171,7 @@ def load_model(
         checkpoint: from `fetch`.
         settings: those the checkpoint was fetched with.
         num_threads: of torch on the CPU; None leaves torch's choice.
+        demand: what else must have room.
 
     Raises:
         ModelError: the files do not make a causal language model as the settings ask.
@@ -122,13 +182,16 @@ def load_model(
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     quiet_bitsandbytes()
     started = time.perf_counter()
-    with _loading(checkpoint):
-        config = AutoConfig.from_pretrained(checkpoint.folder, **_source_options(settings))
+    with _loading(checkpoint, settings):
+        config = _load_config(checkpoint, settings)
         _check_causal(checkpoint, config)
-        model = _load_weights(checkpoint, settings, config)
+        check_memory(checkpoint, settings, demand)
+        model = _load_weights(checkpoint, settings, config, demand)
+    model, chooser = with_adapters(model, checkpoint, settings)
     tokenizer = load_tokenizer(checkpoint, settings)
-    with _loading(checkpoint):
-        return _assemble(checkpoint, settings, model, tokenizer, time.perf_counter() - started)
+    with _loading(checkpoint, settings):
+        loaded = _assemble(checkpoint, settings, model, tokenizer, time.perf_counter() - started)
+    return replace(loaded, num_adapters=len(checkpoint.adapters), chooser=chooser)
 
 
 def load_tokenizer(checkpoint: Checkpoint, settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -137,23 +200,41 @@ def load_tokenizer(checkpoint: Checkpoint, settings: ModelSettings) -> PreTraine
     Raises:
         ModelError: its files cannot be used.
     """
-    with _loading(checkpoint):
+    options: dict[str, Any] = {}
+    with _loading(checkpoint, settings):
+        if settings.gguf_file is not None and checkpoint.has_tokenizer:
+            # Told of the GGUF file, transformers would not look for a chat template beside it.
+            options["config"] = _load_config(checkpoint, settings)
+        elif settings.gguf_file is not None:
+            options["gguf_file"] = settings.gguf_file
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            checkpoint.folder, padding_side="left", **_source_options(settings)
+            checkpoint.folder, padding_side="left", **options, **_source_options(settings)
         )
     return tokenizer
 
 
+def _load_config(checkpoint: Checkpoint, settings: ModelSettings) -> PretrainedConfig:
+    config: PretrainedConfig = AutoConfig.from_pretrained(
+        checkpoint.folder, gguf_file=settings.gguf_file, **_source_options(settings)
+    )
+    return config
+
+
 @contextmanager
-def _loading(checkpoint: Checkpoint) -> Iterator[None]:
+def _loading(checkpoint: Checkpoint, settings: ModelSettings) -> Iterator[None]:
     """Turns what the libraries raise over a model's files into a sentence."""
     try:
         yield
     except ShardmillError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
-            raise ResourceError(_too_big(checkpoint)) from error
+        if is_out_of_memory(error) or PLACED_ELSEWHERE in str(error):
+            raise ResourceError(too_big(checkpoint, settings)) from error
+        if settings.offload == "disk" and "offload_folder" in str(error):
+            raise ModelError(
+                f"model {checkpoint.source!r} does not hold its weights as they are used, so they "
+                "cannot be read from its files at every step: set model.offload to cpu."
+            ) from error
         # Broken files lead to anything: the tokenizers raise a bare Exception.
         raise ModelError(
             f"model {checkpoint.source!r} cannot be loaded: {describe(error)}"
@@ -179,21 +260,23 @@ def _check_causal(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
 
 
 def _load_weights(
-    checkpoint: Checkpoint, settings: ModelSettings, config: PretrainedConfig
+    checkpoint: Checkpoint, settings: ModelSettings, config: PretrainedConfig, demand: Demand
 ) -> PreTrainedModel:
-    has_several = torch.cuda.is_available() and torch.cuda.device_count() > 1
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.folder,
         config=config,
         dtype=settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype),
         use_safetensors=None if settings.allow_pickle else True,
-        quantization_config=quantization_config(settings, config),
-        device_map="auto" if has_several else {"": _first_device()},
+        quantization_config=quantization_config(checkpoint, settings, config),
+        gguf_file=settings.gguf_file,
         output_loading_info=True,
+        **placement_options(settings, demand),
         **_source_options(settings),
     )
     model, info = loaded
     _check_complete(checkpoint, model, info["missing_keys"])
+    if is_spilled(model, settings):
+        raise ResourceError(too_big(checkpoint, settings))
     model.eval()
     return model  # type: ignore[no-any-return]
 
@@ -209,14 +292,6 @@ def _check_complete(checkpoint: Checkpoint, model: Any, missing_keys: Sequence[s
         raise ModelError(
             f"model {checkpoint.source!r} is a {type(model).__name__}, which cannot generate."
         )
-    if {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())) and (
-        torch.cuda.is_available()
-    ):
-        raise ResourceError(_too_big(checkpoint))
-
-
-def _first_device() -> torch.device:
-    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 def _assemble(
@@ -226,6 +301,7 @@ def _assemble(
     tokenizer: PreTrainedTokenizerBase,
     load_seconds: float,
 ) -> Model:
+    device, *other_devices = devices_of(model)
     embeddings: Any = model.get_input_embeddings()
     num_embeddings = int(embeddings.weight.shape[0])
     eos_ids = _checked_ends(checkpoint, eos_ids_of(model.generation_config, tokenizer))
@@ -239,19 +315,32 @@ def _assemble(
     return Model(
         model=model,
         tokenizer=tokenizer,
-        device=model.device,
+        device=device,
         vocabulary=vocabulary_of(tokenizer, vocabulary_size, eos_ids),
         pad_id=pad_id,
         num_embeddings=num_embeddings,
         context_length=checkpoint.context_length
         or getattr(text_config, "max_position_embeddings", None),
-        num_parameters=model.num_parameters(),
-        num_weight_bytes=model.get_memory_footprint(),  # type: ignore[no-untyped-call]
+        num_parameters=_num_parameters(checkpoint, settings, model),
+        num_weight_bytes=num_weight_bytes(model),
         dtype=model.dtype,
-        quantization=settings.quantization,
+        quantization=quantization_name(checkpoint, settings),
         load_seconds=load_seconds,
+        other_devices=tuple(other_devices),
+        peak=peak_memory(),
         notes=tuple(notes),
     )
+
+
+def _num_parameters(checkpoint: Checkpoint, settings: ModelSettings, model: PreTrainedModel) -> int:
+    if checkpoint.quantization not in ("gptq", "awq"):
+        return model.num_parameters()
+    # Their packed weights are no parameters: those of the plain architecture are counted.
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model.config, trust_remote_code=settings.trust_remote_code
+        )
+    return int(plain.num_parameters())
 
 
 def _checked_ends(checkpoint: Checkpoint, eos_ids: frozenset[int]) -> frozenset[int]:
@@ -274,16 +363,3 @@ def _unsupported(checkpoint: Checkpoint) -> list[str]:
     if not asked:
         return []
     return [f"The model's generation_config.json asks for {', '.join(asked)}: not applied."]
-
-
-def _too_big(checkpoint: Checkpoint) -> str:
-    if not torch.cuda.is_available():
-        return (
-            f"model {checkpoint.source!r} does not fit into this machine's memory: lower "
-            "workers.count, or set model.quantization."
-        )
-    return (
-        f"model {checkpoint.source!r} does not fit into the memory of "
-        f"{torch.cuda.device_count()} GPU(s): raise workers.gpus_per_worker, or set "
-        "model.quantization."
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ def has_weights(folder: Path, name: str) -> bool:
 def weight_files(folder: Path) -> list[Path]:
     """The files that transformers would load, in its order of preference; [] if there are none.
 
+    GGUF files are not among them: it loads one only when told its name.
+
     Raises:
         ModelError: an index names files that are not there.
     """
@@ -42,15 +44,20 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def digest(folder: Path) -> str:
-    """Names the model by its content, in hexadecimal, without reading all of the weights.
+def small_files(folder: Path) -> list[Path]:
+    """The files of a model that are not weights and may decide an answer."""
+    paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    return sorted(path for path in paths if path.suffix in SMALL_SUFFIXES and path.is_file())
+
+
+def digest(folder: Path, small_files: Sequence[Path], weights: Sequence[Path]) -> str:
+    """Names a model or adapter by its content, in hexadecimal, not reading all of the weights.
 
     Small files count in full; of each weight file its size, its header and chunks of
     `CHUNK_BYTES` spread evenly over it.
     """
-    weights = weight_files(folder)
     total = hashlib.sha256()
-    for path in _small_files(folder):
+    for path in small_files:
         content = path.read_bytes()
         total.update(f"{path.relative_to(folder)} {len(content)}\n".encode())
         total.update(content)
@@ -62,11 +69,20 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def check_header(path: Path) -> None:
-    """Raises ModelError if a safetensors file is cut short or is something else."""
+def read_tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Of each tensor in a safetensors file its type, such as `F16`, and its shape.
+
+    Raises:
+        ModelError: the file is cut short or is something else.
+    """
     try:
         header = json.loads(_header(path)[8:])
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
+        entries = {name: entry for name, entry in header.items() if name[:2] != "__"}
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        tensors = {
+            name: (str(entry["dtype"]), tuple(map(int, entry["shape"])))
+            for name, entry in entries.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(
             f"{path} is not a whole safetensors file: copy or download it again."
@@ -77,6 +93,7 @@ def check_header(path: Path) -> None:
             f"{path} has {path.stat().st_size} bytes where its header asks for {expected}: copy or "
             "download it again."
         )
+    return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -114,11 +131,6 @@ def _header(path: Path) -> bytes:
         start = file.read(8)
         num_bytes = int.from_bytes(start, "little")
         return start + file.read(min(num_bytes, MAX_HEADER_BYTES))
-
-
-def _small_files(folder: Path) -> list[Path]:
-    paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
-    return sorted(path for path in paths if path.suffix in SMALL_SUFFIXES and path.is_file())
 
 
 def _chunks(path: Path, num_chunks: int) -> Iterator[bytes]:

@@ -6,7 +6,9 @@ Apart from `shard_runner`, so that the driver can read it without importing torc
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from pipeline.metrics import EngineMetrics
 from pipeline.segments import SegmentInfo, Totals
 
 
@@ -16,7 +18,7 @@ class ShardOutcome:
 
     Attributes:
         commits: the segments this attempt published.
-        is_complete: no row of the shard is missing any more.
+        is_complete: no row that was asked for is missing any more.
     """
 
     shard: int
@@ -25,17 +27,32 @@ class ShardOutcome:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryPeak:
+    """The most memory that a process has taken at a time, in bytes.
+
+    Attributes:
+        host: mapped files included, which workers on one machine share.
+        gpus: of each that it sees.
+    """
+
+    host: int = 0
+    gpus: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """How far a worker is; every number only grows, but for `interim`.
 
     Attributes:
+        metrics: of its engine.
         interim: what it has committed of shards that it has not answered for yet.
+        peak: of its memory; that it grows is no sign that the worker gets on.
     """
 
-    num_prompt_tokens: int = 0
-    num_generated_tokens: int = 0
+    metrics: EngineMetrics = field(default_factory=EngineMetrics)
     num_commits: int = 0
     interim: Totals = field(default_factory=Totals)
+    peak: MemoryPeak = field(default_factory=MemoryPeak, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +63,13 @@ class WorkerInfo:
         devices: its `CUDA_VISIBLE_DEVICES`; empty without a GPU.
         model: one line about the loaded model: size, type, device.
         notes: what a user should know about how it was loaded.
+        self_check: the figures of its `SelfCheck`; None if there was none.
+        load_seconds: from reading the files to the model on its devices.
     """
 
     node: str
     devices: str
     model: str
     notes: tuple[str, ...]
+    self_check: dict[str, Any] | None = None
+    load_seconds: float = 0.0

@@ -58,10 +58,18 @@ class Prefiller:
         self._forward = forward
         self._active: tuple[int, ...] = ()
         self._stored: tuple[int, ...] = ()
+        self._adapter = ""
         self._cache: SlotCache | None = None
 
-    def share(self, prefix: tuple[int, ...]) -> None:
-        """Says what most of the next prompts begin with; it is computed when the first comes."""
+    def share(self, prefix: tuple[int, ...], adapter: str = "") -> None:
+        """Says what most of the next prompts begin with; it is computed when the first comes.
+
+        Args:
+            adapter: whose prompts these are; to others, what is computed is of no use.
+        """
+        if adapter != self._adapter:
+            self.forget()
+            self._adapter = adapter
         overlap = shared_length(prefix, self._stored)
         self._active = prefix[:overlap] if overlap >= MIN_REUSE * len(prefix) else prefix
 
@@ -87,10 +95,13 @@ class Prefiller:
         """Computes what the prefix and the rows lack."""
         num_shared = part.num_shared
         num_prefix_tokens = self._compute_prefix() if num_shared else 0
-        prompts = [row.tokens for row in part.rows]
+        prompts = [(row.tokens, row.adapter) for row in part.rows]
         different = list(dict.fromkeys(prompts))
         cache, logits = self._forward.prefill(
-            different, self._cache if num_shared else None, num_shared
+            [tokens for tokens, _ in different],
+            self._cache if num_shared else None,
+            num_shared,
+            [adapter for _, adapter in different],
         )
         places = {prompt: place for place, prompt in enumerate(different)}
         sources = [places[prompt] for prompt in prompts]
@@ -98,25 +109,26 @@ class Prefiller:
             cache=cache,
             logits=logits[sources],
             sources=sources,
-            counts=_count(prompts, different, num_shared, num_prefix_tokens),
+            counts=_count(part.rows, [t for t, _ in different], num_shared, num_prefix_tokens),
         )
 
     def _num_shared(self, row: Row) -> int:
         length = len(self._active)
         # The last token is computed in any case, for its logits.
-        return length if row.length > length and row.tokens[:length] == self._active else 0
+        has_room = row.length > length and row.adapter == self._adapter
+        return length if has_room and row.tokens[:length] == self._active else 0
 
     def _compute_prefix(self) -> int:
         """Sees to it that the active prefix is there; how many tokens that took."""
         if self._stored[: len(self._active)] == self._active:
             return 0
-        self._cache, _ = self._forward.prefill([self._active])
+        self._cache, _ = self._forward.prefill([self._active], None, 0, [self._adapter])
         self._stored = self._active
         return len(self._active)
 
 
 def _count(
-    prompts: Sequence[tuple[int, ...]],
+    rows: Sequence[Row],
     different: Sequence[tuple[int, ...]],
     num_shared: int,
     num_prefix_tokens: int,
@@ -127,5 +139,5 @@ def _count(
     return PrefillCounts(
         worked=num_worked,
         padding=num_computed - num_needed,
-        saved=sum(map(len, prompts)) - num_worked,
+        saved=sum(row.length for row in rows) - num_worked,
     )

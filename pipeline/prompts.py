@@ -93,6 +93,7 @@ class PromptRenderer:
         tokenizer: the model's.
         now: the moment that `strftime_now` of a chat template formats, so that a job's prompts
             stay the same from run to run; None is the moment of the call.
+        max_tokens: what prompts are cut to, if the settings ask for that; None for no limit.
 
     Raises:
         ModelError: a chat template is needed and the tokenizer has none, or it takes no system
@@ -105,9 +106,14 @@ class PromptRenderer:
     """
 
     def __init__(
-        self, settings: PromptSettings, tokenizer: Tokenizer, now: datetime | None = None
+        self,
+        settings: PromptSettings,
+        tokenizer: Tokenizer,
+        now: datetime | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         self._settings = settings
+        self._max_tokens = max_tokens
         self._tokenizer = tokenizer
         self._template = _template(settings)
         self.columns = _columns(settings, self._template)
@@ -170,12 +176,25 @@ class PromptRenderer:
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         special = not self._settings.uses_chat_template
         output = self._tokenizer(texts, add_special_tokens=special, verbose=False)
-        return [self._single_bos(ids) for ids in output["input_ids"]]
+        return [self._cut(self._single_bos(ids)) for ids in output["input_ids"]]
 
     def _single_bos(self, ids: list[int]) -> list[int]:
         """Drop the tokenizer's beginning-of-sequence token where the text has brought its own."""
         bos = self._tokenizer.bos_token_id
         return ids[1:] if ids[:2] == [bos, bos] else ids
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        """What is left of a prompt that is too long, if it is not to be an error."""
+        # With room for none, every prompt is an error, which the engine says.
+        if self._max_tokens is None or not 0 < self._max_tokens < len(ids):
+            return ids
+        if self._settings.overlong == "truncate_right":
+            return ids[: self._max_tokens]
+        if self._settings.overlong == "truncate_left":
+            # Many models go astray without their first token.
+            num_kept = int(ids[0] == self._tokenizer.bos_token_id)
+            return ids[:num_kept] + ids[len(ids) - self._max_tokens + num_kept :]
+        return ids
 
     def _text(self, row: Row) -> str:
         assert self._template is not None, "messages have no text"

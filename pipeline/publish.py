@@ -1,7 +1,7 @@
 """Files that appear whole, once, and survive a power cut. Standard library only.
 
 Knows nothing of Parquet, shards or jobs. A file is written under a temporary name and gets its
-final name only when all of it is on the disk; a final name that exists is never written again.
+final name only when all of it is on the disk. Only `replace` writes a final name that exists.
 """
 
 from __future__ import annotations
@@ -74,6 +74,24 @@ def publish(temporary: Path, final: Path) -> None:
         _sync_file(temporary)
         _link(temporary, final)
         temporary.unlink(missing_ok=True)
+        sync_folder(final.parent)
+
+
+def replace(temporary: Path, final: Path) -> None:
+    """Put a finished file in the place of another, durably.
+
+    Readers, and whoever comes after a death at any point, find the old file or the new one, whole.
+
+    Args:
+        temporary: a closed file on the file system of `final`; it is gone afterwards.
+        final: is replaced whatever it holds, so only the holder of the run's lock may call this.
+
+    Raises:
+        OutputError: the operating system refuses.
+    """
+    with output_errors(final.parent):
+        _sync_file(temporary)
+        os.replace(temporary, final)
         sync_folder(final.parent)
 
 

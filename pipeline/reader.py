@@ -24,7 +24,7 @@ _MAGIC = b"PAR1"
 _BATCH_ROWS = 128  # small, because a row may be a megabyte
 _BUFFER_BYTES = 256 * 1024  # per column: without it Arrow loads a column's whole chunk at once
 _OPEN_FILES = 2  # the one being read, and the one before: retried shards go back a little
-_ARROW_ERRORS = (pa.ArrowException, OSError)
+_ARROW_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last of a column's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,12 @@ class Footer:
     Attributes:
         size: of the file, in bytes.
         metadata: as pyarrow parses it; large for a file of many columns, so not for keeping.
+        schema: of the rows, with the schema's metadata.
     """
 
     size: int
     metadata: pq.FileMetaData
+    schema: pa.Schema
 
 
 def read_footer(path: str) -> Footer:
@@ -50,9 +52,9 @@ def read_footer(path: str) -> Footer:
         with open(path, "rb") as file:
             size, tail = _size_and_tail(file, path)
         metadata = pq.read_metadata(pa.BufferReader(tail))
+        return Footer(size, metadata, metadata.schema.to_arrow_schema())
     except _ARROW_ERRORS as error:
         raise unreadable(path, error) from error
-    return Footer(size, metadata)
 
 
 def file_stamp(path: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
+from pipeline.memory_limit import MemoryLimit
 from pipeline.slots import SlotCache
 
 CPU_CACHE_BYTES = 2 * 2**30
@@ -18,10 +21,18 @@ GROWTH = 2
 """Times as many columns as needed, where memory allows: new buffers take a step's time."""
 MOVE_SHARE = 8
 """The window moves to the front if that frees an eighth of the columns."""
+BUCKET_STEP = 64
+"""Steps of fixed shapes have this many columns, or a multiple…"""
+BUCKET_SHARE = 4
+"""…at most a quarter more than are needed: few steps to record, and little attention wasted."""
 
 
-def default_cache_bytes(device: torch.device) -> int:
-    """Memory for keys and values, once the weights are loaded."""
+def default_cache_bytes(devices: Sequence[torch.device]) -> dict[torch.device, int]:
+    """Memory for keys and values on each device, once the weights are loaded."""
+    return {device: _share_of_free(device) for device in devices}
+
+
+def _share_of_free(device: torch.device) -> int:
     if device.type != "cuda":
         return CPU_CACHE_BYTES
     free, _ = torch.cuda.mem_get_info(device)
@@ -34,6 +45,13 @@ def num_columns(length: int) -> int:
     return -(-wanted // COLUMN_STEP) * COLUMN_STEP
 
 
+def bucket(length: int) -> int:
+    """The columns of a step of fixed shapes that sees at least `length`."""
+    octave = 1 << (length - 1).bit_length() >> 1
+    step = max(BUCKET_STEP, octave // BUCKET_SHARE)
+    return -(-length // step) * step
+
+
 class Room:
     """Keeps slots times columns within a number of tokens, and moves a cache's window about.
 
@@ -41,27 +59,38 @@ class Room:
 
     Args:
         num_slots: most rows, however short they are.
-        num_bytes: for keys and values, in all layers.
+        num_bytes: for keys and values, in all layers, or on each device that has some.
+        limit: what running out of memory has taught.
 
     Attributes:
-        max_tokens: slots times columns; None until the size of a token is known, or memory has
-            run out.
         num_moves: times a window was moved, within its buffers or to other ones.
     """
 
-    def __init__(self, num_slots: int, num_bytes: int) -> None:
+    def __init__(
+        self, num_slots: int, num_bytes: int | Mapping[torch.device, int], limit: MemoryLimit
+    ) -> None:
         self.num_slots = num_slots
-        self.max_tokens: int | None = None
         self.num_moves = 0
         self._num_bytes = num_bytes
+        self._budget: int | None = None
+        self._limit = limit
 
-    def set_token_bytes(self, num_token_bytes: int) -> None:
-        """Takes note of what one token takes in all layers."""
-        self._lower(self._num_bytes // num_token_bytes)
+    @property
+    def max_tokens(self) -> int | None:
+        """Slots times columns; None until the size of a token is known, or memory has run out."""
+        known = [tokens for tokens in (self._budget, self._limit.max_tokens) if tokens is not None]
+        return min(known, default=None)
+
+    def set_token_bytes(self, token_bytes: Mapping[torch.device, int]) -> None:
+        """Takes note of what one token takes on each device, in the layers that are there."""
+        if isinstance(self._num_bytes, int):
+            self._budget = self._num_bytes // sum(token_bytes.values())
+        else:
+            self._budget = min(self._num_bytes[device] // n for device, n in token_bytes.items())
 
     def halve(self, num_rows: int, length: int) -> None:
         """Takes note that so many rows, the longest of this length, are twice too many."""
-        self._lower(num_rows * num_columns(length) // 2)
+        self._limit.lower(num_rows * num_columns(length) // 2)
 
     def num_rows(self, length: int) -> int:
         """How many rows run together if the longest has `length` tokens; at least 1."""
@@ -76,13 +105,20 @@ class Room:
         if cache.window.num_rows > 0 and cache.window.end < length:
             self._move_end(cache, length)
 
-    def make_column(self, cache: SlotCache) -> bool:
-        """Sees to it that the window can grow; False if that takes other buffers."""
-        if cache.window.end < cache.capacity:
+    def make_column(self, cache: SlotCache, in_buckets: bool = False) -> bool:
+        """Sees to it that the window can grow; False if that takes other buffers.
+
+        Args:
+            in_buckets: steps see the columns from the buffers' first on, so the window is also
+                moved to stay in a small bucket.
+        """
+        window = cache.window
+        limit = min(bucket(window.length + 1), cache.capacity) if in_buckets else cache.capacity
+        if window.end < limit:
             return True
-        if cache.window.first * MOVE_SHARE < cache.capacity:
-            return False
-        self._move_end(cache, cache.window.length)
+        if window.first * MOVE_SHARE < window.end:
+            return window.end < cache.capacity
+        self._move_end(cache, window.length)
         return True
 
     def resize(self, cache: SlotCache, length: int) -> None:
@@ -98,10 +134,6 @@ class Room:
     def _move_end(self, cache: SlotCache, end: int) -> None:
         cache.move_end(end)
         self.num_moves += 1
-
-    def _lower(self, max_tokens: int) -> None:
-        if self.max_tokens is None or max_tokens < self.max_tokens:
-            self.max_tokens = max_tokens
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,8 +1,8 @@
 """Logits -> token, one setting and one source of chance per row.
 
 The filters are those of transformers, in its order and with its rounding: repetition penalty,
-temperature, top-k, top-p, min-p. Chance is a function of a row's key and the number of the
-token, with no state, so that a sample does not depend on batch, worker or attempt.
+min_new_tokens, temperature, top-k, top-p, min-p. Chance is a function of a row's key and the
+number of the token, with no state, so that a sample does not depend on batch, worker or attempt.
 """
 
 from __future__ import annotations
@@ -13,12 +13,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.records import Request
+from pipeline.records import Request, Sampling
+from pipeline.stopping import Vocabulary
+from pipeline.transfer import to_device
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 """Step of SplitMix64 (Steele, Lea and Flood, 2014), whose mixing is used here as a hash."""
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
+BROKEN = -1
+"""Stands for a token where the logits are not numbers."""
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The most likely token of each row, or `BROKEN`; (batch,) int64."""
+    highest, tokens = logits.max(dim=-1)
+    return tokens.masked_fill_(~highest.isfinite(), BROKEN)
 
 
 def random_key(seed: int, row_id: str, sample: int) -> int:
@@ -34,9 +44,12 @@ class Sampler:
 
     Args:
         requests: one per row of the batch, in order.
+        vocabulary: knows the tokens that end a completion.
     """
 
-    def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
+    def __init__(
+        self, requests: Sequence[Request], vocabulary: Vocabulary, device: torch.device
+    ) -> None:
         rows = [request.sampling for request in requests]
         self.is_greedy = all(row.temperature == 0 for row in rows)
         self.has_penalty = any(row.repetition_penalty != 1 for row in rows)
@@ -45,7 +58,7 @@ class Sampler:
         self._has_min_p = any(row.min_p > 0 for row in rows)
 
         def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)[:, None]  # (batch, 1)
+            return to_device(values, device, dtype)[:, None]  # (batch, 1)
 
         self._temperature = column([row.temperature or 1.0 for row in rows])
         self._is_sampled = column([row.temperature > 0 for row in rows], torch.bool)
@@ -54,14 +67,16 @@ class Sampler:
         self._top_p_cut = column([1 - row.top_p if row.top_p < 1 else -1.0 for row in rows])
         self._min_p = column([row.min_p for row in rows])
         self._penalty = column([row.repetition_penalty for row in rows])
+        self._early = _Early(rows, vocabulary, device)
         keys = [_signed(request.random_key) for request in requests]
-        self._keys = torch.tensor(keys, dtype=torch.int64, device=device)
+        self._keys = to_device(keys, device, torch.int64)
 
-    def process(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+    def process(self, logits: Tensor, step: int | Tensor = 0, seen: Tensor | None = None) -> Tensor:
         """Penalized, scaled and filtered scores; what is filtered out is -inf.
 
         Args:
             logits: (batch, vocabulary) float32.
+            step: how many tokens the row has so far, one number for all or (batch,).
             seen: (batch, vocabulary) bool, the tokens of each row's prompt and completion;
                 needed if `has_penalty`.
         """
@@ -70,6 +85,7 @@ class Sampler:
             assert seen is not None, "a repetition penalty needs the tokens seen so far"
             penalized = torch.where(scores < 0, scores * self._penalty, scores / self._penalty)
             scores = torch.where(seen, penalized, scores)
+        scores = self._early.without_endings(scores, step)
         if self.is_greedy:
             return scores
         scores = scores / self._temperature
@@ -86,7 +102,7 @@ class Sampler:
 
         Args:
             scores: from `process`, (batch, vocabulary).
-            step: how many tokens the row has so far, one number for all or (batch,).
+            step: as for `process`.
         """
         best = scores.argmax(dim=-1)
         if self.is_greedy:
@@ -110,6 +126,32 @@ class Sampler:
         probabilities = scores.softmax(dim=-1)
         threshold = self._min_p * probabilities.amax(dim=-1, keepdim=True)
         return scores.masked_fill(probabilities < threshold, -torch.inf)
+
+
+class _Early:
+    """Keeps rows from ending before their `min_new_tokens`."""
+
+    def __init__(
+        self, rows: Sequence[Sampling], vocabulary: Vocabulary, device: torch.device
+    ) -> None:
+        minimum = [row.min_new_tokens for row in rows]
+        self._has_any = any(minimum)
+        self._minimum = torch.tensor(minimum, device=device)
+        self._endings = [vocabulary.ending_ids(row) if row.min_new_tokens else () for row in rows]
+        self._is_ending: Tensor | None = None
+
+    def without_endings(self, scores: Tensor, step: int | Tensor) -> Tensor:
+        """The scores, -inf for tokens that would end a row too early."""
+        if not self._has_any:
+            return scores
+        if self._is_ending is None:
+            self._is_ending = torch.zeros_like(scores, dtype=torch.bool)
+            for row, tokens in enumerate(self._endings):
+                # Some models have tokens that they can read and not write.
+                written = [token for token in tokens if token < scores.shape[-1]]
+                self._is_ending[row, written] = True
+        is_early = (step < self._minimum)[:, None]
+        return scores.masked_fill(self._is_ending & is_early, -torch.inf)
 
 
 def uniform(keys: Tensor, step: int | Tensor) -> Tensor:

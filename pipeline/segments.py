@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from pipeline.errors import DamagedOutputError
 from pipeline.folder import RunFolder
@@ -42,6 +42,11 @@ class Totals:
         """How many completions were counted."""
         return self.stop + self.length + self.error
 
+    @property
+    def num_generated(self) -> int:
+        """Completions that a model has made."""
+        return self.stop + self.length
+
     def __add__(self, other: Totals) -> Totals:
         return Totals(
             self.stop + other.stop,
@@ -49,6 +54,15 @@ class Totals:
             self.error + other.error,
             self.num_prompt_tokens + other.num_prompt_tokens,
             self.num_completion_tokens + other.num_completion_tokens,
+        )
+
+    def __sub__(self, other: Totals) -> Totals:
+        return Totals(
+            self.stop - other.stop,
+            self.length - other.length,
+            self.error - other.error,
+            self.num_prompt_tokens - other.num_prompt_tokens,
+            self.num_completion_tokens - other.num_completion_tokens,
         )
 
 
@@ -128,7 +142,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (pa.ArrowException, OSError, ValidationError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # names may not be UTF-8 any more
         cause = str(error).splitlines()[0]
         raise DamagedOutputError(
             f"'{path}' is not the file that Shardmill wrote there ({cause}); move it away and run "

@@ -12,25 +12,43 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import pyarrow as pa
 
+from pipeline.adapter_choice import AdapterChoice
 from pipeline.engine import Engine
 from pipeline.engine_thread import Collector, EngineThread
 from pipeline.errors import RowError, SupersededError
 from pipeline.outcome import Progress, ShardOutcome
 from pipeline.prompts import PromptRenderer
 from pipeline.reader import ShardReader, plain_rows
-from pipeline.records import Completion, FinishReason, Request, RequestId, Sampling, Shard
+from pipeline.records import (
+    Completion,
+    FinishReason,
+    Request,
+    RequestId,
+    RowRange,
+    Sampling,
+    Shard,
+)
 from pipeline.sampling import random_key
 from pipeline.segments import SegmentInfo, Totals, as_ranges, committed_infos, missing_positions
 from pipeline.writer import SegmentWriter
 
 logger = logging.getLogger(__name__)
 
+NO_CHOICE = AdapterChoice()
 COMMIT_INTERVAL = 60.0
 """Seconds after which the finished rows of an unfinished shard are committed, so that a killed
 worker loses about a minute however slow the model is."""
+
+
+class Prompt(NamedTuple):
+    """What is asked for a row, and of whom."""
+
+    ids: tuple[int, ...]
+    adapter: str
 
 
 class ShardRunner:
@@ -47,6 +65,7 @@ class ShardRunner:
         engine: Engine,
         reader: ShardReader,
         renderer: PromptRenderer,
+        choice: AdapterChoice = NO_CHOICE,
         writer: SegmentWriter,
         sampling: Sampling,
         seed: int,
@@ -57,6 +76,7 @@ class ShardRunner:
         self._reader = reader
         self._reader_lock = threading.Lock()
         self._renderer = renderer
+        self._choice = choice
         self._writer = writer
         self._sampling = sampling
         self._seed = seed
@@ -66,20 +86,23 @@ class ShardRunner:
         # What attempts that go on have committed; replaced whole, so that others may read it.
         self._interim: dict[int, Totals] = {}
 
-    def run(self, shard: Shard) -> ShardOutcome:
-        """Generates and commits what the shard still lacks.
+    def run(self, shard: Shard, rows: RowRange | None = None) -> ShardOutcome:
+        """Generates and commits what the shard, or these rows of it, still lack.
 
-        Blocks until the shard is complete, or `drain` is called, or another attempt turns out to
+        Blocks until they are complete, or `drain` is called, or another attempt turns out to
         have committed.
         """
         earlier = committed_infos(self._writer.folder, shard.index, self._writer.fingerprint)
-        missing = missing_positions(earlier, shard.num_rows * self._num_samples)
+        missing = shard.wanted(missing_positions(earlier, shard.num_rows * self._num_samples))
+        if rows is not None:
+            missing = [position for position in missing if position // self._num_samples in rows]
         if not missing:
             return ShardOutcome(shard.index, (), is_complete=True)
         with self._reader_lock:
             table = self._reader.read(shard)
         collector = Collector(len(missing))
-        requests, failed = self._render(shard, table, missing)
+        error = None if rows is None else rows.error
+        requests, failed = self._render(shard, table, missing, error)
         collector.put(failed)
         self._engine.submit(requests, collector)
         commits: list[SegmentInfo] = []
@@ -106,20 +129,19 @@ class ShardRunner:
 
     def progress(self) -> Progress:
         """The counts so far; callable from any thread, also during a step."""
-        engine = self._engine.engine
         return Progress(
-            engine.num_prompt_tokens,
-            engine.num_generated_tokens,
+            self._engine.engine.metrics,
             self._num_commits,
             sum(self._interim.values(), Totals()),
         )
 
     def _values(self, table: pa.Table, rows: Sequence[int]) -> list[dict[str, object] | RowError]:
         """What the prompts of these rows are made of."""
-        chosen = table.select(list(self._renderer.columns))
+        names = list(dict.fromkeys((*self._renderer.columns, *self._choice.columns)))
+        chosen = table.select(names)
         # Slices and not `take`, which knows no string views.
         pieces = [chosen.slice(first, end - first) for first, end in as_ranges(rows)]
-        return [row for piece in pieces for row in plain_rows(piece, self._renderer.columns)]
+        return [row for piece in pieces for row in plain_rows(piece, names)]
 
     def _finished(self, collector: Collector) -> Iterator[list[Completion]]:
         """What there is to commit: every `COMMIT_INTERVAL`, and at the end."""
@@ -130,21 +152,40 @@ class ShardRunner:
             if finished:
                 yield finished
 
+    def _prompts(
+        self, table: pa.Table, rows: Sequence[int], error: str | None
+    ) -> Sequence[Prompt | str]:
+        """Each row's prompt, or why there is none; `error` spares the trouble."""
+        if error is not None:
+            return [error] * len(rows)
+        values = self._values(table, rows)
+        encoded = self._renderer.encode(values)
+        return [self._prompt(*pair) for pair in zip(values, encoded, strict=True)]
+
+    def _prompt(self, row: dict[str, object] | RowError, ids: list[int] | RowError) -> Prompt | str:
+        try:
+            if isinstance(row, RowError):
+                raise row
+            if isinstance(ids, RowError):
+                raise ids
+            return Prompt(tuple(ids), self._choice.made_by(row))
+        except RowError as error:
+            return str(error)
+
     def _render(
-        self, shard: Shard, table: pa.Table, missing: Sequence[int]
+        self, shard: Shard, table: pa.Table, missing: Sequence[int], error: str | None
     ) -> tuple[list[Request], list[Completion]]:
         """Requests for the missing positions, and completions for those that cannot be asked."""
         rows = sorted({position // self._num_samples for position in missing})
-        values = self._values(table, rows)
-        prompts = dict(zip(rows, self._renderer.encode(values), strict=True))
+        prompts = dict(zip(rows, self._prompts(table, rows, error), strict=True))
         requests: list[Request] = []
         failed: list[Completion] = []
         for position in missing:
             row, sample = divmod(position, self._num_samples)
             identity, prompt = RequestId(shard.index, row, sample), prompts[row]
-            if isinstance(prompt, RowError):
-                failed.append(Completion(identity, None, FinishReason.ERROR, error=str(prompt)))
+            if isinstance(prompt, str):
+                failed.append(Completion(identity, None, FinishReason.ERROR, error=prompt))
                 continue
             key = random_key(self._seed, shard.row_id(row), sample)
-            requests.append(Request(identity, tuple(prompt), self._sampling, key))
+            requests.append(Request(identity, prompt.ids, self._sampling, key, prompt.adapter))
         return requests, failed

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from pipeline.attention import BANDS
+from pipeline.bands import Band
+
 
 @dataclass
 class Window:
-    """The part of the buffers that is in use: slots [0, num_rows), columns [first, end)."""
+    """The part of the buffers that is in use: slots [0, num_rows), columns [first, end).
+
+    Attributes:
+        bands: of the rows, by length; None as long as nobody has asked for them.
+    """
 
     num_rows: int = 0
     first: int = 0
     end: int = 0
+    bands: Sequence[Band] | None = None
 
     @property
     def length(self) -> int:
@@ -36,6 +45,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_sliding = False
     keys: Tensor
     values: Tensor
+    _buffers: list[Tensor]
 
     def __init__(self, window: Window, num_slots: int, capacity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -45,8 +55,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Makes the buffers; the heads and their sizes are those of the first states."""
-        self.keys = self._buffer(key_states)
-        self.values = self._buffer(value_states)
+        self._allocate(key_states, value_states)
         self.is_initialized = True
 
     def update(
@@ -62,7 +71,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.write(0, window.end, key_states, value_states)
         rows = slice(0, window.num_rows)
         columns = slice(window.first, stop)
-        return self.keys[rows, :, columns], self.values[rows, :, columns]
+        keys, values = self.keys[rows, :, columns], self.values[rows, :, columns]
+        if key_states.shape[-2] == 1:
+            setattr(keys, BANDS, window.bands)
+        return keys, values
 
     def write(self, slot: int, column: int, keys: Tensor, values: Tensor) -> None:
         """Copies states into consecutive slots and columns, from the given ones on."""
@@ -77,13 +89,23 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Keys and values; views if `slots` is a slice."""
         return self.keys[slots, :, columns], self.values[slots, :, columns]
 
+    def move(self, slot: int, row: int, columns: slice) -> None:
+        """Copies another slot's row into a slot, to the same columns."""
+        for states in self._buffers:
+            states[:, slot, :, columns] = states[:, row, :, columns]
+
+    def copy(self, slot: int, columns: slice) -> tuple[Tensor, Tensor]:
+        """Keys and values of one slot, as they are now."""
+        keys, values = self.read(slice(slot, slot + 1), columns)
+        return keys.clone(), values.clone()
+
     def resize(self, num_slots: int, capacity: int) -> None:
         """Moves the window to the front of new buffers."""
         self._num_slots, self._capacity = num_slots, capacity
         if self.is_initialized:
-            keys, values = self.read(*self._slices())
-            self.keys = self._moved(keys)
-            self.values = self._moved(values)
+            states = self.read(*self._slices())
+            self._allocate(*states)
+            self.write(0, 0, *states)
 
     def shift(self, distance: int) -> None:
         """Moves the window to the right, or to the left if negative."""
@@ -118,10 +140,19 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         window = self._window
         return slice(0, window.num_rows), slice(window.first, window.end)
 
-    def _buffer(self, like: Tensor) -> Tensor:
-        return like.new_zeros(self._num_slots, like.shape[1], self._capacity, like.shape[3])
+    def _allocate(self, keys: Tensor, values: Tensor) -> None:
+        """Makes buffers for states such as these.
 
-    def _moved(self, states: Tensor) -> Tensor:
-        buffer = self._buffer(states)
-        buffer[: states.shape[0], :, : states.shape[2]] = states
-        return buffer
+        Keys and values lie in one, so that a row moves by one copy, unless their sizes differ.
+        """
+        shapes = [
+            (self._num_slots, states.shape[1], self._capacity, states.shape[3])
+            for states in (keys, values)
+        ]
+        if shapes[0] == shapes[1]:
+            self._buffers = [keys.new_zeros(2, *shapes[0])]
+        else:
+            self._buffers = [keys.new_zeros(1, *shape) for shape in shapes]
+        # Whether there is one buffer or two. Detached, as autograd forbids some writing to views.
+        keys, values = self._buffers[0][0], self._buffers[-1][-1]
+        self.keys, self.values = keys.detach(), values.detach()

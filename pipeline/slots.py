@@ -9,14 +9,18 @@ before; the attention mask hides them. They must be finite, as zero times NaN is
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
+from pipeline.bands import bands_of
 from pipeline.slot_layer import SlotLayer, Window
+from pipeline.transfer import to_device
 
 
 class SlotCache(Cache):
@@ -41,7 +45,15 @@ class SlotCache(Cache):
     @property
     def num_token_bytes(self) -> int:
         """What one column of one slot takes in all layers; known once something is in."""
-        return sum(layer.num_token_bytes for layer in self.layers)
+        return sum(self.token_bytes.values())
+
+    @property
+    def token_bytes(self) -> dict[torch.device, int]:
+        """The same, for each device that has layers."""
+        devices = Counter[torch.device]()
+        for layer in self.layers:
+            devices[layer.keys.device] += layer.num_token_bytes
+        return devices
 
     @property
     def lengths(self) -> list[int]:
@@ -69,11 +81,17 @@ class SlotCache(Cache):
             attention_mask: (rows, window and new columns) bool.
             position_ids: (rows, new columns) int64; 0 for columns before a row's start.
         """
-        if self._starts_on_device is None:
-            self._starts_on_device = torch.tensor(self._starts, device=device)[:, None]
+        if num_new == 1 and self.window.bands is None:
+            self.window.bands = bands_of(self.lengths)
+        starts = self.starts_on(device)
         columns = torch.arange(self.window.first, self.window.end + num_new, device=device)
-        distance = columns - self._starts_on_device
-        return distance >= 0, distance[:, -num_new:].clamp(min=0)
+        return columns >= starts, (columns[-num_new:] - starts).clamp_(min=0)
+
+    def starts_on(self, device: torch.device) -> Tensor:
+        """The column at which each row begins, (rows, 1) int64; the same tensor until one does."""
+        if self._starts_on_device is None:
+            self._starts_on_device = to_device(self._starts, device)[:, None]
+        return self._starts_on_device
 
     def advance(self, num_new: int) -> None:
         """Takes the columns that a forward pass has written into the window."""
@@ -103,13 +121,29 @@ class SlotCache(Cache):
             for each slot now in use, the one whose row it has.
         """
         order = _dense_order(rows)
-        columns = slice(self.window.first, self.window.end)
-        for slot, row in enumerate(order):
-            if slot != row:
-                for layer in self.layers:
-                    layer.write(slot, columns.start, *layer.read(slice(row, row + 1), columns))
+        lengths = self.lengths
+        moves = [(slot, row) for slot, row in enumerate(order) if slot != row]
+        for layer in self.layers:
+            for slot, row in moves:
+                layer.move(slot, row, self._columns(lengths[row]))
         self._set_starts([self._starts[row] for row in order])
         return order
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Puts the rows into another order; `rows` says for each slot whose row it gets."""
+        columns = [self._columns(length) for length in self.lengths]
+        rings = _rings(rows)
+        for layer in self.layers:
+            for ring in rings:
+                # Only one row at a time is kept elsewhere: fresh memory costs more than copying.
+                held = layer.copy(ring[0], columns[ring[0]])
+                for slot, row in pairwise(ring):
+                    layer.move(slot, row, columns[row])
+                layer.write(ring[-1], columns[ring[0]].start, *held)
+        self._set_starts([self._starts[row] for row in rows])
+
+    def _columns(self, length: int) -> slice:
+        return slice(self.window.end - length, self.window.end)
 
     def blank(self, row: int) -> None:
         """Fills a row's slot with zeros: what follows it there must find nothing but numbers."""
@@ -137,6 +171,7 @@ class SlotCache(Cache):
     def _set_starts(self, starts: list[int]) -> None:
         self._starts = starts
         self._starts_on_device = None
+        self.window.bands = None
         self.window.num_rows = len(starts)
         self.window.first = min(starts, default=self.window.end)
 
@@ -146,3 +181,17 @@ def _dense_order(rows: Sequence[int]) -> list[int]:
     staying = set(rows)
     later = sorted(row for row in rows if row >= len(rows))
     return [slot if slot in staying else later.pop() for slot in range(len(rows))]
+
+
+def _rings(rows: Sequence[int]) -> list[list[int]]:
+    """A permutation as rings of slots, in which each gets the row of the next."""
+    rings = []
+    left = {slot: row for slot, row in enumerate(rows) if slot != row}
+    while left:
+        slot, row = left.popitem()
+        ring = [slot]
+        while row != ring[0]:
+            ring.append(row)
+            row = left.pop(row)
+        rings.append(ring)
+    return rings

@@ -7,6 +7,7 @@ What is waiting when a sorted run is used up makes the next one.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from transformers import (
 
 from pipeline.admission import failed, refusal
 from pipeline.errors import describe
+from pipeline.memory_limit import MemoryLimit
+from pipeline.metrics import EngineMetrics, PrefillCounts
 from pipeline.model import Model
 from pipeline.padding import pad_left
 from pipeline.records import Completion, Request
@@ -41,11 +44,11 @@ class StaticEngine:
         batch_size: most rows of a batch.
         on_token: told of each row after each of its tokens.
         equal_lengths: batches only prompts of one length, for models that padding confuses.
+        limit: what running out of memory has taught others; it counts `max_new_tokens` too.
 
     Attributes:
-        max_tokens: most tokens of a batch, padding and `max_new_tokens` included; None until
-            memory has run out. A limit of tokens and not of rows, so that a few long rows do not
-            make the batches of short ones small.
+        metrics: what has been done so far; a row that has ended keeps its slot until the batch is
+            done.
     """
 
     def __init__(
@@ -54,12 +57,12 @@ class StaticEngine:
         batch_size: int,
         on_token: TokenListener = nobody_listens,
         equal_lengths: bool = False,
+        limit: MemoryLimit | None = None,
     ) -> None:
         self.on_token = on_token
         self.num_running = 0
-        self.num_prompt_tokens = 0
-        self.num_generated_tokens = 0
-        self.max_tokens: int | None = None
+        self.metrics = EngineMetrics()
+        self._limit = limit or MemoryLimit()
         self._batch_size = batch_size
         self._equal_lengths = equal_lengths
         self._model = model
@@ -106,8 +109,9 @@ class StaticEngine:
         """
         batch: list[Request] = []
         max_rows = self._batch_size
-        if self._run and self.max_tokens is not None:
-            max_rows = min(max_rows, max(1, self.max_tokens // _num_tokens(self._run[0])))
+        max_tokens = self._limit.max_tokens
+        if self._run and max_tokens is not None:
+            max_rows = min(max_rows, max(1, max_tokens // _num_tokens(self._run[0])))
         while self._run and len(batch) < max_rows:
             if batch and not self._go_together(batch[0], self._run[0]):
                 break
@@ -145,13 +149,13 @@ class StaticEngine:
         length = _num_tokens(batch[0])
         if len(batch) == 1:
             return [failed(batch[0], f"out_of_memory: {length} tokens do not fit, even alone")]
-        self.max_tokens = len(batch) // 2 * length
+        self._limit.lower(len(batch) // 2 * length)
         self._run.extendleft(reversed(batch))
         logger.warning(
             "out of memory with %d rows of %d tokens: from now on at most %d tokens in a batch",
             len(batch),
             length,
-            self.max_tokens,
+            self._limit.max_tokens,
         )
         return []
 
@@ -159,14 +163,16 @@ class StaticEngine:
         rows = [Generated(request, self._stops_of(request), self._vocabulary) for request in batch]
         prompts = [request.prompt_ids for request in batch]
         input_ids, attention_mask = pad_left(prompts, self._model.pad_id, self._model.device)
-        picker = _Picker(Sampler(batch, input_ids.device), attention_mask)
-        generate: Any = self._model.model.generate
+        sampler = Sampler(batch, self._vocabulary, input_ids.device)
+        picker = _Picker(sampler, attention_mask)
+        generate: Any = self._model.caller.generate
         generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=self._config(batch[0].sampling.max_new_tokens),
             logits_processor=LogitsProcessorList([picker]),
             stopping_criteria=StoppingCriteriaList([_Watcher(self, rows, picker)]),
+            **self._model.adapter_options([request.adapter for request in batch]),
         )
         return [row.completion for row in rows if row.completion is not None]
 
@@ -201,11 +207,11 @@ class _Picker(LogitsProcessor):
         self.is_broken |= ~scores.amax(dim=-1).isfinite()
         if self._sampler.has_penalty:
             self._see(input_ids, scores.shape[-1])
-        scores = self._sampler.process(scores, self._seen)
-        if self._sampler.is_greedy:
-            return scores
-        tokens = self._sampler.pick(scores, self._num_steps)
+        scores = self._sampler.process(scores, self._num_steps, self._seen)
+        tokens = None if self._sampler.is_greedy else self._sampler.pick(scores, self._num_steps)
         self._num_steps += 1
+        if tokens is None:
+            return scores
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
     def _see(self, input_ids: Tensor, num_logits: int) -> None:
@@ -227,17 +233,17 @@ class _Watcher(StoppingCriteria):
         self._engine = engine
         self._rows = rows
         self._picker = picker
+        self._is_prefill = True
+        self._before = time.perf_counter()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if not self._rows[0].ids and not self._rows[0].completion:
-            prompts = (row.request.prompt_ids for row in self._rows)
-            self._engine.num_prompt_tokens += sum(map(len, prompts))
         # One transfer for both.
         last = torch.stack([input_ids[:, -1], self._picker.is_broken.long()]).tolist()
-        for row, token, is_broken in zip(self._rows, *last, strict=True):
-            if row.completion is not None:
+        live = [row.completion is None for row in self._rows]
+        self._measure(sum(live))
+        for row, token, is_broken, is_live in zip(self._rows, *last, live, strict=True):
+            if not is_live:
                 continue
-            self._engine.num_generated_tokens += 1
             if is_broken:
                 row.fail("nan: the model's output is not a number")
             else:
@@ -245,6 +251,20 @@ class _Watcher(StoppingCriteria):
             self._tell(row)
         has_ended = [row.completion is not None for row in self._rows]
         return torch.tensor(has_ended, device=input_ids.device)
+
+    def _measure(self, num_live: int) -> None:
+        """Counts what `generate` has done since the last call."""
+        now = time.perf_counter()
+        seconds, self._before = now - self._before, now
+        engine, num_rows = self._engine, len(self._rows)
+        if self._is_prefill:
+            lengths = [len(row.request.prompt_ids) for row in self._rows]
+            padding = num_rows * max(lengths) - sum(lengths)
+            counts = PrefillCounts(worked=sum(lengths), padding=padding, saved=0)
+            engine.metrics = engine.metrics.after_prefill(num_rows, counts, seconds)
+            self._is_prefill = False
+        else:
+            engine.metrics = engine.metrics.after_decode(num_rows, num_live, seconds)
 
     def _tell(self, row: Generated) -> None:
         try:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-from pipeline.records import Completion, FinishReason, Request
+from pipeline.records import Completion, FinishReason, Request, Sampling
 
 UNDECODED = "\ufffd"
 """What `decode` puts for bytes that are not, or not yet, a character."""
@@ -44,6 +44,12 @@ class Vocabulary:
         self.size = size
         self.special_ids = special_ids
         self.eos_ids = eos_ids
+
+    def ending_ids(self, sampling: Sampling) -> frozenset[int]:
+        """Tokens that end a completion whatever stands before them."""
+        special = {self.special_ids[stop] for stop in sampling.stop if stop in self.special_ids}
+        eos_ids = frozenset() if sampling.ignore_eos else self.eos_ids
+        return eos_ids.union(special, sampling.stop_token_ids)
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
@@ -81,6 +87,9 @@ class StopStrings:
 
     A stop string that is a special token's text, such as `<|im_end|>`, stands for that token,
     which `decode` leaves out.
+
+    Attributes:
+        triggers: tokens after which there may be something to find.
     """
 
     def __init__(self, stops: Sequence[str], vocabulary: Vocabulary) -> None:
@@ -89,22 +98,28 @@ class StopStrings:
         special_ids = vocabulary.special_ids
         self._special = {special_ids[stop]: stop for stop in stops if stop in special_ids}
         self._texts = vocabulary.texts if stops else ()
-        self._triggers = frozenset(_triggers(self._texts, self._stops))
+        self.triggers = frozenset(self._special) | set(_triggers(self._texts, self._stops))
         num_bytes = max((len(stop.encode("utf-8", "surrogatepass")) for stop in stops), default=0)
         self._num_tail_tokens = num_bytes + NUM_MARGIN_TOKENS
 
-    def find(self, ids: Sequence[int]) -> Found | None:
+    def find(self, ids: Sequence[int], num_free: int = 0) -> Found | None:
         """The stop string that the last of `ids`, all generated, has just completed.
 
         Of several, the one that was complete first, and then the longest. To be called after
         every token, until something is found.
+
+        Args:
+            num_free: first tokens that may complete stop strings without ending anything; the
+                last is none of them.
         """
         token = ids[-1]
         if token in self._special:
             return Found(self._special[token], self._decode(ids[:-1]))
-        if token not in self._triggers or earliest(self._stops, self._tail(ids)) is None:
+        if token not in self.triggers or earliest(self._stops, self._tail(ids)) is None:
             return None
-        return earliest(self._stops, self._decode(ids))
+        # A character that is not whole yet has fewer letters than it will have.
+        free = self._decode(ids[:num_free]).rstrip(UNDECODED)
+        return earliest(self._stops, self._decode(ids), len(free))
 
     def _tail(self, ids: Sequence[int]) -> str:
         """The end of the text: at least as many bytes as the longest stop string has."""
@@ -122,9 +137,13 @@ class StopStrings:
         return text
 
 
-def earliest(stops: Sequence[str], text: str) -> Found | None:
-    """The stop string that is complete first in `text`; of those that end together the longest."""
-    starts = [(text.find(stop), stop) for stop in stops]
+def earliest(stops: Sequence[str], text: str, num_free: int = 0) -> Found | None:
+    """The stop string that is complete first in `text`; of those that end together the longest.
+
+    Args:
+        num_free: letters at the start of the text, within which no stop string counts.
+    """
+    starts = [(text.find(stop, max(0, num_free - len(stop) + 1)), stop) for stop in stops]
     ends = [(start + len(stop), start, stop) for start, stop in starts if start >= 0]
     if not ends:
         return None
@@ -152,7 +171,9 @@ class Generated:
         self.request = request
         self.ids: list[int] = []
         self._stops = stops
-        self._vocabulary = vocabulary
+        self._decode = vocabulary.decode
+        self._eos_ids = frozenset() if request.sampling.ignore_eos else vocabulary.eos_ids
+        self._ending_ids = vocabulary.ending_ids(request.sampling)
         self._completion: Completion | None = None
 
     @property
@@ -163,13 +184,25 @@ class Generated:
     def add(self, token: int) -> bool:
         """Takes the next token in; True if it ends the completion. Not to be called after."""
         self.ids.append(token)
-        if token in self._vocabulary.eos_ids:
-            self._end(self._vocabulary.decode(self.ids[:-1]), FinishReason.STOP)
-        elif found := self._stops.find(self.ids):
-            self._end(found.text, FinishReason.STOP, found.stop)
-        elif len(self.ids) == self.request.sampling.max_new_tokens:
-            self._end(self._vocabulary.decode(self.ids), FinishReason.LENGTH)
+        sampling = self.request.sampling
+        is_watched = token in self._ending_ids or token in self._stops.triggers
+        if is_watched and len(self.ids) > sampling.min_new_tokens:
+            self._look(token)
+        if self._completion is None and len(self.ids) == sampling.max_new_tokens:
+            self._end(self._decode(self.ids), FinishReason.LENGTH)
         return self._completion is not None
+
+    def _look(self, token: int) -> None:
+        """Ends it if the token, the last, or a stop string does."""
+        sampling = self.request.sampling
+        if token in self._eos_ids:
+            self._end(self._decode(self.ids[:-1]), FinishReason.STOP)
+        elif token in sampling.stop_token_ids:
+            text = self._decode(self.ids if sampling.include_stop else self.ids[:-1])
+            self._end(text, FinishReason.STOP, str(token))
+        elif found := self._stops.find(self.ids, sampling.min_new_tokens):
+            ending = found.stop if sampling.include_stop else ""
+            self._end(found.text + ending, FinishReason.STOP, found.stop)
 
     def fail(self, error: str) -> None:
         """Ends it as an error row; `error` is `kind: message`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count, islice
@@ -26,6 +26,11 @@ class Row:
         self.number = -1
 
     @property
+    def adapter(self) -> str:
+        """Whose answer it is to be: prompts of two adapters have nothing in common."""
+        return self.requests[0].adapter
+
+    @property
     def tokens(self) -> tuple[int, ...]:
         """Token ids of the prompt and of the completion so far."""
         return (*self.requests[0].prompt_ids, *self.generated.ids)
@@ -34,6 +39,11 @@ class Row:
     def length(self) -> int:
         """How many tokens that is."""
         return len(self.requests[0].prompt_ids) + len(self.generated.ids)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has its answer."""
+        return self.generated.completion is not None
 
     def completions(self) -> list[Completion]:
         """One for each request; none if it has not ended."""
@@ -54,10 +64,12 @@ class Waiting:
 
     Attributes:
         prefix: what most of the current run's prompts begin with; perhaps nothing.
+        prefix_adapter: whose prompts those are.
     """
 
     def __init__(self, num_lookahead: int) -> None:
         self.prefix: tuple[int, ...] = ()
+        self.prefix_adapter = ""
         self._num_lookahead = num_lookahead
         self._arrived: deque[Row] = deque()
         self._run: deque[Row] = deque()
@@ -92,4 +104,8 @@ class Waiting:
         num_rows = min(self._num_lookahead, len(self._arrived))
         run = [self._arrived.popleft() for _ in range(num_rows)]
         self._run.extend(sorted(run, key=lambda row: -row.length))
-        self.prefix = best_prefix([row.requests[0].prompt_ids for row in run])
+        if run:
+            counts = Counter(row.adapter for row in run)
+            self.prefix_adapter = counts.most_common(1)[0][0]
+        alike = [row for row in run if row.adapter == self.prefix_adapter]
+        self.prefix = best_prefix([row.requests[0].prompt_ids for row in alike])

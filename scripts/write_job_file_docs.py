@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -45,15 +46,24 @@ def _blocks() -> Iterator[str]:
             continue
         yield f"{(block.__doc__ or '').splitlines()[0]}\n"
         yield "| setting | default | |\n|---|---|---|"
-        for setting, details in block.model_fields.items():
-            yield f"| `{setting}` | {_default(details)} | {details.description} |"
+        yield from _rows(block, "")
         yield ""
+
+
+def _rows(block: type[BaseModel], prefix: str) -> Iterator[str]:
+    for setting, details in block.model_fields.items():
+        yield f"| `{prefix}{setting}` | {_default(details)} | {details.description} |"
+        for part in (details.annotation, *get_args(details.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from _rows(part, f"{prefix}{setting}.")
 
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.default
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
     return f"`{json.dumps(list(value) if isinstance(value, tuple) else value)}`"
 
 

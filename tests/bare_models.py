@@ -38,6 +38,17 @@ LLAMA: dict[str, Any] = {
     "eos_token_id": EOS_ID,
 }
 
+GPT2: dict[str, Any] = {
+    "vocab_size": NUM_TOKENS,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": NUM_POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 
 def spell(ids: Sequence[int]) -> str:
     """Each token is a letter or two: 3 is `d`, 29 is `bd`; so strings may span tokens."""

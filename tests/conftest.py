@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from pipeline.model import Model
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The quick set tries the same examples each time; the long set looks for new ones."""
+    settings.register_profile("quick", derandomize=True, deadline=None)
+    settings.register_profile("faults", print_blob=True, deadline=None)
+    settings.load_profile("faults" if config.getoption("markexpr") == "faults" else "quick")
 
 
 @pytest.fixture(scope="session")

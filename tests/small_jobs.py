@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,20 @@ def shardmill(*arguments: object, **environment: str) -> Result:
     return finish(process)
 
 
-def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """Starts a command."""
+def start(
+    *arguments: object,
+    module: str = "jobs",
+    command: Sequence[str] = (sys.executable,),
+    **environment: str,
+) -> subprocess.Popen[str]:
+    """Starts a command.
+
+    Args:
+        module: another one than the real, with a fault in it.
+        command: the interpreter, with another program around it if need be.
+    """
     return subprocess.Popen(
-        [sys.executable, "-m", "jobs", *map(str, arguments)],
+        [*command, "-m", module, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -79,10 +89,10 @@ def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> Result:
+def finish(process: subprocess.Popen[str], limit: float = RUN_LIMIT) -> Result:
     """Waits for a command; one that hangs fails the test."""
     try:
-        stdout, stderr = process.communicate(timeout=RUN_LIMIT)
+        stdout, stderr = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
         raise

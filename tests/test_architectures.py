@@ -11,13 +11,14 @@ import torch
 import transformers as hf
 from transformers import PretrainedConfig
 
-from pipeline import room
+from pipeline import bands, room
 from pipeline.cache_support import unsupported
 from pipeline.continuous_engine import ContinuousEngine
 from pipeline.forward import Forward
 from pipeline.records import Request
 from pipeline.slots import SlotCache
 from tests.bare_models import (
+    GPT2,
     LLAMA,
     NUM_POSITIONS,
     NUM_TOKENS,
@@ -31,17 +32,8 @@ from tests.bare_models import (
     request,
     spell,
 )
+from tests.recorded import STEPPINGS
 
-GPT2 = {
-    "vocab_size": NUM_TOKENS,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": NUM_POSITIONS,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 PLAIN = {name: LLAMA[name] for name in LLAMA if name != "num_key_value_heads"}
 WINDOW = 9
 """Of sliding layers: less than most rows have."""
@@ -94,9 +86,14 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 
 @pytest.fixture(autouse=True)
 def _tight_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No spare columns beyond a quarter, so that windows move and buffers grow all the time."""
+    """No spare columns beyond a quarter, so that windows move and buffers grow all the time.
+
+    And every cut into bands of rows pays, and every move of rows for it.
+    """
     monkeypatch.setattr(room, "COLUMN_STEP", 1)
     monkeypatch.setattr(room, "GROWTH", 1)
+    monkeypatch.setattr(bands, "MIN_SAVED", 1)
+    monkeypatch.setattr(bands, "NUM_STEPS", 1000)
     torch.set_num_threads(1)
 
 
@@ -139,6 +136,37 @@ def test_every_row_has_the_answer_it_has_alone(name: str) -> None:
     # The comparison means something only if the answers differ, and vary.
     assert len({tuple(ids) for ids in expected}) >= 10
     assert sum(len(set(ids)) > 2 for ids in expected) >= 7
+
+
+REFUSING = {"mpt"}
+"""Their code looks at the length so far, which a recorded step has as a tensor."""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_replayed_steps_give_the_same_answers(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As steps that are called, token for token, through all that happens to the rows.
+
+    Slots are refilled, windows moved, buffers grown, rows put back. A model whose steps cannot be
+    recorded says so once.
+    """
+    monkeypatch.setattr(room, "BUCKET_STEP", 8)
+    model = bare(random_model(CONFIGS[name]()))
+    requests = mixed_requests()
+    token_bytes = Forward(model).prefill([[3]])[0].num_token_bytes
+    for num_slots, cache_tokens in ((4, 10_000), (6, 100)):
+        results = []
+        for stepping in (STEPPINGS["called"], STEPPINGS["replayed, behind"]):
+            engine = ContinuousEngine(
+                model, num_slots, cache_tokens * token_bytes, stepping=stepping
+            )
+            results.append(answers(engine, requests))
+        assert results[0] == results[1]
+        assert engine._decoder.replays == (name not in REFUSING)
+        assert engine.metrics.num_window_moves >= 2
+    assert engine.metrics.num_put_back > 0
+    assert len(caplog.records) == 2 * (name in REFUSING)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "bloom", "gpt-oss", "gpt2"])

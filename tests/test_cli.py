@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from jobs.cli import main
 from tests.small_jobs import Result, questions, write_job
@@ -144,6 +146,25 @@ def test_a_model_folder_that_lacks_something(
     assert not (job.parent / "out").exists()
 
 
+def test_a_model_whose_answers_are_wrong_is_refused(
+    shardmill: Callable[..., Result], job: Path, llama_folder: Path
+) -> None:
+    """Before the first row, with what was tried; who wants it nevertheless can have it."""
+    model = job.parent / "model"
+    shutil.copytree(llama_folder, model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    command = ["try", job, "-n", "1", "--set", f"model.path={model}"]
+    result = shardmill(*command)
+    assert result.code == 65
+    assert "whatever is tried: with sdpa attention, a prompt alone makes" in result.stderr
+    assert "Traceback" not in result.stderr
+    result = shardmill(*command, "--set", "model.self_check=false")
+    assert result.code == 0
+    assert "nan: the model's output is not a number" in result.stdout
+
+
 def test_a_chat_needs_a_chat_template(
     shardmill: Callable[..., Result], job: Path, llama_folder: Path
 ) -> None:
@@ -250,13 +271,14 @@ def test_schema_is_json(shardmill: Callable[..., Result]) -> None:
     assert json.loads(shardmill("schema").stdout)["title"] == "JobConfig"
 
 
+@pytest.mark.parametrize("error", [KeyError("x"), PermissionError(13, "Permission denied")])
 def test_a_bug_is_called_one(
-    shardmill: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    shardmill: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """What nobody thought of shows its traceback and exits with 70, never with 0."""
+    """What nobody thought of shows its traceback and exits with 70, never with 0 or 1."""
 
     def broken() -> None:
-        raise KeyError("x")
+        raise error
 
     monkeypatch.setattr("jobs.config.job_schema", broken)
     result = shardmill("schema")

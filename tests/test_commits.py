@@ -204,4 +204,4 @@ class Runs(RuleBasedStateMachine):
 
 
 TestRuns = Runs.TestCase
-TestRuns.settings = settings(max_examples=12, stateful_step_count=15, deadline=None)
+TestRuns.settings = settings(max_examples=12, stateful_step_count=15)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config
 
 from pipeline import continuous_engine, room
 from pipeline.continuous_engine import ContinuousEngine
@@ -16,13 +17,16 @@ from pipeline.model import Model
 from pipeline.records import Completion, FinishReason, Request
 from pipeline.slots import SlotCache
 from tests.bare_models import (
+    GPT2,
     NUM_POSITIONS,
     NUM_TOKENS,
     alone,
     answers,
+    bare,
     bare_llama,
     drain,
     in_order,
+    random_model,
     random_prompt,
     reference,
     request,
@@ -30,6 +34,7 @@ from tests.bare_models import (
     texts,
     varied,
 )
+from tests.recorded import STEPPINGS
 
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4
 """Keys and values, layers, heads, head size, bytes."""
@@ -46,6 +51,7 @@ def model() -> Model:
 def _tight_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "COLUMN_STEP", 1)
     monkeypatch.setattr(room, "GROWTH", 1)
+    monkeypatch.setattr(room, "BUCKET_STEP", 8)
 
 
 ROWS = st.lists(
@@ -63,8 +69,6 @@ ROWS = st.lists(
 
 @settings(
     max_examples=40,
-    derandomize=True,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
@@ -72,6 +76,7 @@ ROWS = st.lists(
     num_slots=st.integers(1, 6),
     cache_tokens=st.sampled_from([1, 60, 150, 100_000]),
     refill_share=st.sampled_from([1, 2, 8]),
+    stepping=st.sampled_from(sorted(STEPPINGS)),
     seed=st.integers(0, 3),
 )
 def test_every_request_ends_once_with_its_own_answer(
@@ -81,13 +86,22 @@ def test_every_request_ends_once_with_its_own_answer(
     num_slots: int,
     cache_tokens: int,
     refill_share: int,
+    stepping: str,
     seed: int,
 ) -> None:
-    """Whatever arrives when, with any lengths, limits, stop strings, slots, memory and groups."""
+    """Whatever arrives when, with any lengths, limits, stop strings, slots, memory and groups.
+
+    And however steps are launched and read.
+    """
     monkeypatch.setattr(continuous_engine, "REFILL_SHARE", refill_share)
     chance = random.Random(seed)
     beginning = random_prompt(chance, 34)
-    engine = ContinuousEngine(model, num_slots, cache_bytes=cache_tokens * TOKEN_BYTES)
+    engine = ContinuousEngine(
+        model,
+        num_slots,
+        cache_bytes=cache_tokens * TOKEN_BYTES,
+        stepping=STEPPINGS[stepping],
+    )
     requests: list[Request] = []
     completions: list[Completion] = []
     for length, limit, stop, is_shared, num_steps in rows:
@@ -102,10 +116,11 @@ def test_every_request_ends_once_with_its_own_answer(
     assert in_order(completions, requests) == reference(model, requests)
 
 
-def test_samples_do_not_depend_on_the_slots(model: Model) -> None:
+@pytest.mark.parametrize("stepping", STEPPINGS)
+def test_samples_do_not_depend_on_the_slots(model: Model, stepping: str) -> None:
     """The same keys give the static engine's samples in 1 slot, in 3, and in little memory.
 
-    Greedy and penalized rows stand beside them.
+    Greedy and penalized rows stand beside them; steps are launched and read in any way.
     """
     settings_of = [
         {"temperature": 1.0, "top_k": 20},
@@ -120,7 +135,12 @@ def test_samples_do_not_depend_on_the_slots(model: Model) -> None:
     ]
     expected = reference(model, requests)
     for num_slots, cache_tokens in ((1, 10_000), (3, 10_000), (6, 55)):
-        engine = ContinuousEngine(model, num_slots, cache_bytes=cache_tokens * TOKEN_BYTES)
+        engine = ContinuousEngine(
+            model,
+            num_slots,
+            cache_bytes=cache_tokens * TOKEN_BYTES,
+            stepping=STEPPINGS[stepping],
+        )
         engine.add(requests[:2])
         completions = engine.step()
         engine.add(requests[2:])
@@ -207,7 +227,8 @@ def test_refused_requests_come_back_and_counts_add_up(model: Model) -> None:
         "unknown_token",
     ]
     assert (engine.num_waiting, engine.num_running) == (0, 1)
-    assert (engine.num_prompt_tokens, engine.num_generated_tokens) == (3, 2)
+    metrics = engine.metrics
+    assert (metrics.num_prefilled_tokens, metrics.num_generated_tokens) == (3, 2)
     (last,) = drain(engine)
     assert last.finish_reason in (FinishReason.LENGTH, FinishReason.STOP)
     assert engine.step() == []
@@ -236,10 +257,12 @@ def test_the_batch_shrinks_as_rows_run_out(model: Model, monkeypatch: pytest.Mon
     num_computed: list[int] = []
     call = Forward.__call__
 
-    def counting(self: Forward, input_ids: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+    def counting(
+        self: Forward, input_ids: torch.Tensor, cache: SlotCache, *adapters: Any
+    ) -> torch.Tensor:
         if input_ids.shape[1] == 1:
             num_computed.append(input_ids.shape[0])
-        return call(self, input_ids, cache)
+        return call(self, input_ids, cache, *adapters)
 
     monkeypatch.setattr(Forward, "__call__", counting)
     chance = random.Random(0)
@@ -251,11 +274,17 @@ def test_the_batch_shrinks_as_rows_run_out(model: Model, monkeypatch: pytest.Mon
     assert num_computed[-1] < num_computed[0] == 6
 
 
-def test_a_row_may_use_every_position(model: Model) -> None:
-    """Prompt and completion together fill the model's context to the last token."""
+@pytest.mark.parametrize("stepping", STEPPINGS)
+def test_a_row_may_use_every_position(stepping: str) -> None:
+    """Prompt and completion together fill the model's context to the last token.
+
+    GPT-2 has a table of positions, and one beyond it is an error.
+    """
+    model = bare(random_model(GPT2Config(**GPT2)))
     prompt = random_prompt(random.Random(2), 100)
     one = request(0, prompt, NUM_POSITIONS - 100)
     others = varied(5, seed=4)
-    engine = ContinuousEngine(model, num_slots=3)
+    engine = ContinuousEngine(model, num_slots=3, stepping=STEPPINGS[stepping])
     completions = answers(engine, [one, *(request(9 + r.id.row, r.prompt_ids) for r in others)])
     assert completions[0].text == spell(alone(model, one))
+    assert completions[0].finish_reason is FinishReason.LENGTH

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
+from jobs import crew as crew_module
+from jobs.beacon import light
 from jobs.cluster import WorkerShape
 from jobs.crew import Crew, Event, ShardDone, WorkerLost, WorkerReady
-from jobs.worker import WorkerSpec
-from pipeline.errors import ModelError
+from jobs.worker import Worker, WorkerSpec
+from pipeline.checkpoint import fetch
+from pipeline.errors import ModelError, ResourceError
+from pipeline.outcome import WorkerInfo
 from pipeline.records import Sampling
 from pipeline.settings import EngineSettings, ModelSettings, PromptSettings
 from tests.run_folders import SmallJob
 
-SHAPE = WorkerShape(count=2, num_gpus=1, num_cpus=1, num_threads=1)
+SHAPE = WorkerShape(count=2, num_gpus=1, num_cpus=1, num_threads=1, most=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,15 +37,29 @@ def two_gpus() -> Iterator[None]:
     ray.shutdown()
 
 
+def _digests(model: Path) -> tuple[str, ...]:
+    if not (model / "config.json").exists():
+        return ()
+    return fetch(ModelSettings(path=str(model))).digests
+
+
 def _spec(job: SmallJob, model: Path) -> WorkerSpec:
+    return worker_spec(job, ModelSettings(path=str(model)), _digests(model))
+
+
+def worker_spec(job: SmallJob, model: ModelSettings, digests: tuple[str, ...]) -> WorkerSpec:
+    """What a worker needs to know of a small job."""
     return WorkerSpec(
         prompt=PromptSettings(template="Question {{ n }}?"),
-        model=ModelSettings(path=str(model)),
+        model=model,
+        model_digests=digests,
         engine=EngineSettings(),
         sampling=Sampling(3),
         seed=0,
         num_samples=1,
         run_folder=job.folder.root,
+        beacon=light(job.folder),
+        memory_file=job.folder.memory,
         fingerprint=job.manifest.fingerprint,
         output_schema=job.manifest.arrow_schema,
         passed_columns=("n", "noise"),
@@ -60,7 +81,10 @@ def _events(crew: Crew, enough: Callable[[list[Event]], bool]) -> list[Event]:
 
 
 def test_workers_are_pinned_work_and_are_replaced(tmp_path: Path, llama_folder: Path) -> None:
-    """Each has a GPU of its own; a killed one gives its shard back, and its GPU goes on."""
+    """Each has a GPU of its own; a killed one gives its shard back, and its GPU goes on.
+
+    One that raises what is no sentence for the user counts as lost too, and the cause is told.
+    """
     job = SmallJob(tmp_path, rows=(6,), shard_rows=3)
     crew = Crew(_spec(job, llama_folder), SHAPE, stall_timeout=60)
     try:
@@ -81,8 +105,42 @@ def test_workers_are_pinned_work_and_are_replaced(tmp_path: Path, llama_folder: 
         assert [shard.index for shard in lost.shards] == [1]
         assert isinstance(back, WorkerReady)
         assert back.info.devices == infos[1].devices
+
+        nonsense = replace(job.manifest.shard(1), num_rows="three")  # type: ignore[arg-type]
+        crew.hand(0, nonsense)
+        [lost] = _events(crew, lambda events: len(events) == 1)
+        assert isinstance(lost, WorkerLost)
+        assert "it raised TypeError" in lost.cause
     finally:
         crew.close()
+
+
+def test_a_worker_gets_all_the_gpus_it_asks_for(tmp_path: Path, llama_folder: Path) -> None:
+    """They are its `CUDA_VISIBLE_DEVICES`; while it loads and works, its memory is watched."""
+    job = SmallJob(tmp_path, rows=(3,), shard_rows=3)
+    shape = WorkerShape(count=1, num_gpus=2, num_cpus=1, num_threads=1, most=1)
+    crew = Crew(_spec(job, llama_folder), shape, stall_timeout=60)
+    try:
+        [ready] = _events(crew, lambda events: len(events) == 1)
+        assert isinstance(ready, WorkerReady)
+        assert ready.info.devices == "0,1"
+        assert ready.info.load_seconds > 0
+        assert "peak memory" in ready.info.model
+        crew.refresh()
+        [metrics] = crew.metrics()
+        assert metrics.peak.host > 50 * 2**20, "a process with torch in it"
+    finally:
+        crew.close()
+
+
+def test_a_worker_is_offered_as_many_shards_as_it_holds(tmp_path: Path) -> None:
+    """Two as a rule; more where little is left of each. The emptiest worker comes first."""
+    spec = _spec(SmallJob(tmp_path), tmp_path)
+    for num_shards, places in ((2, [0, 1, 0, 1]), (3, [0, 1, 0, 1, 0, 1])):
+        crew = Crew(replace(spec, shards_in_flight=num_shards), SHAPE, stall_timeout=60)
+        for member in crew._members:
+            member.is_ready = True
+        assert list(crew.free_places()) == places
 
 
 def test_a_worker_without_a_model_says_why(tmp_path: Path) -> None:
@@ -91,6 +149,84 @@ def test_a_worker_without_a_model_says_why(tmp_path: Path) -> None:
     try:
         with pytest.raises(ModelError, match="nowhere"):
             _events(crew, lambda events: len(events) == 2)
+    finally:
+        crew.close()
+
+
+def test_a_worker_without_room_waits_for_it(
+    tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two GPUs is taken: one worker works, the other is no loss and comes in later."""
+    taken = placement_group([{"GPU": 1}])
+    assert taken.wait(30)
+    crew = Crew(_spec(SmallJob(tmp_path), llama_folder), SHAPE, stall_timeout=60)
+    try:
+        [first] = _events(crew, lambda events: len(events) == 1)
+        assert isinstance(first, WorkerReady)
+        monkeypatch.setattr(crew_module, "PLACE_TIMEOUT", 1.0)
+        until = time.monotonic() + 2.5
+        assert not _events(crew, lambda events: time.monotonic() > until)
+        remove_placement_group(taken)
+        [second] = _events(crew, lambda events: len(events) == 1)
+        assert isinstance(second, WorkerReady)
+        assert second.worker != first.worker
+    finally:
+        remove_placement_group(taken)
+        crew.close()
+
+
+def test_a_crew_grows_with_its_cluster(
+    tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has room by now gets workers, up to as many as the job may have."""
+    monkeypatch.setattr(crew_module, "GROWTH_INTERVAL", 0.0)
+    crew = Crew(_spec(SmallJob(tmp_path), llama_folder), replace(SHAPE, count=1), stall_timeout=60)
+    try:
+        events = _events(crew, lambda events: len(events) == 2)
+        devices = {event.info.devices for event in events if isinstance(event, WorkerReady)}
+        assert devices == {"0", "1"}
+        assert crew.num_workers == 2
+    finally:
+        crew.close()
+
+
+def test_a_crew_does_without_a_worker_that_cannot_start(
+    tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another one works, a node that joined in vain ends no run."""
+
+    class LateBlind(Worker):  # in here, as Ray's processes cannot import this module
+        def load(self) -> WorkerInfo:
+            while self._index and not (self._spec.run_folder / "go").exists():
+                time.sleep(0.1)
+            if self._index:
+                raise ModelError("node x has other files")
+            return super().load()
+
+    monkeypatch.setattr(crew_module, "Worker", LateBlind)
+    job = SmallJob(tmp_path)
+    crew = Crew(_spec(job, llama_folder), SHAPE, stall_timeout=60)
+    try:
+        _events(crew, lambda events: len(events) == 1)
+        (job.folder.root / "go").touch()
+        _events(crew, lambda _: crew._members[1].start_at == math.inf)
+        crew.start()
+        assert [member.actor is None for member in crew._members] == [False, True]
+        assert crew.num_ready == 1
+    finally:
+        crew.close()
+
+
+def test_a_crew_that_finds_no_room_at_all_gives_up(
+    tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sentence says what was asked for."""
+    monkeypatch.setattr(crew_module, "PLACE_TIMEOUT", 0.5)
+    shape = WorkerShape(count=2, num_gpus=3, num_cpus=1, num_threads=1, most=2)
+    crew = Crew(_spec(SmallJob(tmp_path), llama_folder), shape, stall_timeout=60)
+    try:
+        with pytest.raises(ResourceError, match="3 GPUs"):
+            _events(crew, lambda events: False)
     finally:
         crew.close()
 

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import room
+from pipeline import continuous_engine, room
 from pipeline.batch import Batch
 from pipeline.continuous_engine import ContinuousEngine
 from pipeline.forward import Forward
+from pipeline.memory_limit import MemoryLimit
 from pipeline.model import Model
 from pipeline.prefill import Prefiller
 from pipeline.slots import SlotCache
+from pipeline.stepping import Stepping
 from tests.bare_models import (
     NUM_TOKENS,
     alone,
@@ -28,6 +30,7 @@ from tests.bare_models import (
     texts,
     varied,
 )
+from tests.recorded import STEPPINGS
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,15 @@ def model() -> Model:
 def _tight_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "COLUMN_STEP", 1)
     monkeypatch.setattr(room, "GROWTH", 1)
+    monkeypatch.setattr(room, "BUCKET_STEP", 8)
+
+
+@pytest.fixture(autouse=True, params=STEPPINGS)
+def stepping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Stepping:
+    """Every fault meets each way in which an engine may launch and read its steps."""
+    chosen = STEPPINGS[request.param]
+    monkeypatch.setattr(continuous_engine, "stepping_for", lambda model: chosen)
+    return chosen
 
 
 def poisoned(token: int) -> Model:
@@ -78,7 +90,9 @@ def test_a_row_of_nan_costs_one_row() -> None:
     assert sum(completion.error is None for completion in completions) >= 4
 
 
-def test_nothing_of_nan_is_left_in_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_nan_is_left_in_a_slot(
+    monkeypatch: pytest.MonkeyPatch, stepping: Stepping
+) -> None:
     """A row that comes to the slot later, and is too short to cover it, has its own answer."""
     monkeypatch.setattr(room, "COLUMN_STEP", 64)  # new buffers would have nothing left in them
     token, prompt = 50, (7, 8, 9)
@@ -98,13 +112,40 @@ def test_nothing_of_nan_is_left_in_a_slot(monkeypatch: pytest.MonkeyPatch) -> No
         next(row for row in engine._batch.rows if row.requests[0].id.row)
     )
     engine._batch._last_tokens[slot] = token
-    completions = engine.step()
+    completions = [one for _ in range(1 + stepping.reads_behind) for one in engine.step()]
     assert [one.error for one in completions] == ["nan: the model's output is not a number"]
     for _ in range(12):
         completions += engine.step()
     engine.add([late])
     completions += drain(engine)
     assert texts(sorted(completions, key=lambda one: one.id))[::2] == expected
+
+
+def test_nothing_of_nan_is_left_by_a_row_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last token may be computed once more, for nothing, and what comes of that be NaN."""
+    monkeypatch.setattr(room, "COLUMN_STEP", 64)
+    healthy = bare_llama(tie_word_embeddings=False)
+    late = request(2, [7, 8, 9], 8)
+    ending, long, token = next(
+        (ending, long, alone(healthy, ending)[3])
+        for row in range(99)
+        for ending in [request(1, [5 + row % 90, 6, 7], 4)]
+        for long in [request(0, random_prompt(random.Random(row), 3), 60)]
+        if len(alone(healthy, ending)) == 4
+        and len(alone(healthy, long)) > 40
+        and alone(healthy, ending)[3]
+        not in {*alone(healthy, ending)[:3], *alone(healthy, long), *alone(healthy, late)}
+        | {*ending.prompt_ids, *long.prompt_ids, *late.prompt_ids}
+    )
+    engine = ContinuousEngine(poisoned(token), num_slots=2)
+    engine.add([long, ending])
+    completions = [one for _ in range(18) for one in engine.step()]
+    assert [one.id.row for one in completions] == [1]
+    engine.add([late])
+    completions += drain(engine)
+    assert [one.error for one in completions] == [None] * 3
+    expected = [spell(alone(healthy, one)) for one in (long, ending, late)]
+    assert texts(sorted(completions, key=lambda one: one.id)) == expected
 
 
 def failing_prefill(token: int, error: Callable[[], Exception]) -> Callable[..., Any]:
@@ -190,11 +231,37 @@ def test_out_of_memory_loses_no_row(
     monkeypatch.setattr(owner, where, limited)
     requests = varied(14)
     requests += [request(14 + row, one.prompt_ids, 1) for row, one in enumerate(requests)]
-    engine = ContinuousEngine(model, num_slots=8)
+    limit = MemoryLimit()
+    engine = ContinuousEngine(model, num_slots=8, limit=limit)
     assert texts(answers(engine, requests)) == [spell(alone(model, one)) for one in requests]
     assert engine.metrics.num_out_of_memory > 0
-    assert engine.max_tokens is not None
-    assert engine.max_tokens < 8 * 40
+    assert limit.max_tokens is not None
+    assert limit.max_tokens < 8 * 40
+
+
+@pytest.mark.parametrize("where", ["append", "remove"])
+def test_out_of_memory_while_rows_are_put_back(
+    model: Model, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A row that loses its slot in the same moment is done once, like every other."""
+    original = getattr(Batch, where)
+    num_calls = 0
+
+    def short_at_times(self: Batch, *args: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls in (1, 4, 9):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, *args)
+
+    monkeypatch.setattr(Batch, where, short_at_times)
+    token_bytes = Forward(model).prefill([(3, 4)])[0].num_token_bytes
+    for temperature in (0.0, 1.0):
+        num_calls = 0
+        requests = varied(14, temperature=temperature)
+        engine = ContinuousEngine(model, num_slots=8, cache_bytes=100 * token_bytes)
+        assert answers(engine, requests) == reference(model, requests)
+        assert engine.metrics.num_out_of_memory == 3
 
 
 def test_out_of_memory_frees_everything(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

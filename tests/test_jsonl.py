@@ -150,7 +150,7 @@ def test_file_that_changes_between_the_passes_is_refused(tmp_path: Path, line: s
         list(jsonl.tables(path, schema, num_rows))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     column=st.sampled_from([st.integers(-9, 9), st.text(max_size=5), st.lists(st.text())]).flatmap(
         lambda values: st.lists(st.none() | values, min_size=1, max_size=8)

@@ -68,6 +68,10 @@ def test_a_plain_model(llama: Model) -> None:
     assert not llama.model.training
     assert llama.notes == ()
     assert "LlamaForCausalLM" in llama.summary
+    assert " on cpu, loaded in " in llama.summary
+    assert llama.devices == (torch.device("cpu"),)
+    assert llama.peak.host > llama.num_weight_bytes
+    assert llama.peak.gpus == ()
 
 
 def test_ends_from_config_and_tokenizer(folder: Path) -> None:

@@ -7,7 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.inputs import Inputs, InputSettings, open_inputs
-from jobs.plan import choose_shard_rows, choose_shards_per_part, estimate, sample_rows
+from jobs.plan import (
+    choose_shard_rows,
+    choose_shards_in_flight,
+    choose_shards_per_part,
+    estimate,
+    sample_rows,
+)
 from pipeline.prompts import PromptRenderer
 from pipeline.settings import PromptSettings
 from tests.word_tokenizer import WordTokenizer
@@ -93,3 +99,12 @@ def test_estimate_without_a_single_prompt(tmp_path: Path) -> None:
     """An input whose every row fails is described, not a crash."""
     result = estimate(_inputs(tmp_path, [None, None]), _renderer(), 10, 16)
     assert (result.num_failed, result.prompt_tokens_max, result.prompt_tokens_p90) == (2, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows_of_shard", "batch_size", "expected"),
+    [(512, 64, 2), (32, 64, 4), (32, 16, 2), (1, 64, 64), (50, 64, 3)],
+)
+def test_a_worker_holds_two_batches(rows_of_shard: int, batch_size: int, expected: int) -> None:
+    """One that runs and one that fills the places it leaves, whatever the shards' size."""
+    assert choose_shards_in_flight(rows_of_shard, batch_size) == expected

@@ -261,3 +261,49 @@ def test_threads_may_share_a_renderer() -> None:
     renderer = _renderer(template="{{ q }}")
     with ThreadPoolExecutor(4) as pool:
         assert all(outcome == expected for outcome in pool.map(renderer.encode, [rows] * 40))
+
+
+@pytest.mark.parametrize(
+    ("overlong", "expected"),
+    [
+        ("error", [1, 10, 11, 12, 13, 14]),
+        ("truncate_left", [1, 12, 13, 14]),
+        ("truncate_right", [1, 10, 11, 12]),
+    ],
+)
+def test_a_long_prompt_is_cut_as_asked(overlong: str, expected: list[int]) -> None:
+    """Left, its first token stays if it begins a sequence; one that fits stays as it is."""
+    settings = PromptSettings(template="{{ q }}", overlong=overlong)  # type: ignore[arg-type]
+    renderer = PromptRenderer(settings, _NumberTokenizer(), max_tokens=4)
+    short, long = renderer.encode([{"q": "10 11 12"}, {"q": "10 11 12 13 14"}])
+    assert short == [1, 10, 11, 12]
+    assert long == expected
+
+
+@pytest.mark.parametrize("room", [0, -3])
+def test_where_there_is_no_room_nothing_is_cut(room: int) -> None:
+    """The engine says of each row that it is too long."""
+    settings = PromptSettings(template="{{ q }}", overlong="truncate_left")
+    renderer = PromptRenderer(settings, _NumberTokenizer(), max_tokens=room)
+    assert renderer.encode([{"q": "10 11"}]) == [[1, 10, 11]]
+
+
+def test_a_chat_is_not_cut() -> None:
+    """A cut would go through the template's own tokens and the model would go astray."""
+    with pytest.raises(ValueError, match="plain 'template'"):
+        PromptSettings(template="{{ q }}", chat_template=True, overlong="truncate_left")
+
+
+class _NumberTokenizer:
+    """Numbers in, the same numbers out, after a beginning-of-sequence token of 1."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: Any, *, add_special_tokens: bool, verbose: bool) -> Any:
+        return {"input_ids": [[1, *map(int, one.split())] for one in text]}
+
+    def get_chat_template(self) -> str:
+        raise ValueError
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        raise NotImplementedError

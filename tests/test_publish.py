@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import publish as module
 from pipeline.errors import OutputError, SupersededError
-from pipeline.publish import publish, temporary_file, write_json
+from pipeline.publish import publish, replace, temporary_file, write_json
 
 
 @pytest.fixture
@@ -67,6 +67,31 @@ def test_syncs_content_before_name_and_name_before_return(
     monkeypatch.setattr(os, "link", recorded_link)
     publish(temporary, final)
     assert steps == ["sync t", "link", f"sync {final.parent.name}"]
+
+
+def test_replaces_a_file_in_one_step(
+    written: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The content is on the disk before it takes the name, and the name before the call returns."""
+    temporary, final = written
+    final.write_text("old")
+    steps: list[str] = []
+    fsync, rename = os.fsync, os.replace
+
+    def recorded_fsync(descriptor: int) -> None:
+        steps.append("sync " + os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def recorded_rename(source: Path, target: Path) -> None:
+        steps.append(f"replace {final.read_text()}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_rename)
+    replace(temporary, final)
+    assert steps == ["sync t", "replace old", f"sync {final.parent.name}"]
+    assert final.read_text() == "new"
+    assert not temporary.exists()
 
 
 def test_repeated_link_request_is_success(

@@ -81,7 +81,7 @@ RANGES = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     row_groups=st.lists(st.integers(1, 300), min_size=1, max_size=4),
     ranges=RANGES,

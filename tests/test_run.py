@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -40,7 +41,24 @@ def test_a_run_completes_and_proves_itself(
     job = write_job(tmp_path, llama_folder, questions(400))
     result = shardmill("run", job, "--json")
     assert result.code == 0, result.stderr
-    assert result.json["totals"]["error"] == 0
+    totals = result.json["totals"]
+    assert totals["error"] == 0
+    metrics = json.loads((tmp_path / "out" / ".shardmill" / "metrics.json").read_text())
+    assert metrics["job"]["num_generated_tokens"] == totals["num_completion_tokens"]
+    assert metrics["job"]["num_prefilled_tokens"] > 0
+    assert 0 < metrics["job"]["slot_occupancy"] <= 1
+    for name in ("num_generated_tokens", "num_steps"):
+        assert sum(each[name] for each in metrics["workers"]) == metrics["job"][name]
+    for each in metrics["workers"]:
+        assert each["load_seconds"] > 0
+        assert each["peak_host_bytes"] > 50 * 2**20
+        assert each["peak_gpu_bytes"] == []
+    models = {each["model"].split(",")[0] for each in metrics["workers"] if "model" in each}
+    assert models == {"LlamaForCausalLM"}
+    checks = [each["self_check"] for each in metrics["workers"] if "model" in each]
+    for check in checks:
+        assert (check["batches"], check["rejected"]) == ("slots", [])
+        assert check["difference"] <= check["tolerance"] == 0.001
     output = read_output(tmp_path / "out")
     assert output.equals(undisturbed)
     assert output["n"].to_pylist() == list(range(400))
@@ -49,6 +67,19 @@ def test_a_run_completes_and_proves_itself(
     status = shardmill("status", tmp_path / "out", "--json", "--exit-code")
     assert status.code == 0
     assert status.json["is_complete"]
+
+
+def test_nobody_needs_to_read_along(tmp_path: Path, llama_folder: Path) -> None:
+    """A reader of the log that goes away takes neither the run nor its exit code with it."""
+    job = write_job(tmp_path, llama_folder, questions(40))
+    process = start("run", job)
+    assert process.stderr is not None
+    assert process.stdout is not None
+    process.stderr.close()
+    with process.stdout:
+        assert process.stdout.read().startswith("complete: 40 rows")
+    assert process.wait(timeout=120) == 0
+    assert shardmill("status", tmp_path / "out", "--exit-code").code == 0
 
 
 def test_a_killed_driver_is_continued(
@@ -65,7 +96,7 @@ def test_a_killed_driver_is_continued(
 
     again = shardmill("run", job, "--json")
     assert again.code == 0, again.stderr
-    assert again.json["num_new"] < 400, "what was committed is not done again"
+    assert again.json["work"]["num_new"] < 400, "what was committed is not done again"
     assert shardmill("verify", tmp_path / "out").code == 0
     assert read_output(tmp_path / "out").equals(undisturbed)
 
@@ -108,6 +139,36 @@ def test_a_killed_worker_costs_no_row(
     assert result.code == 0, result.stderr
     assert "was lost" in result.stderr
     assert read_output(tmp_path / "out").equals(undisturbed)
+
+
+def test_rows_that_kill_or_stall_workers_cost_themselves(
+    tmp_path: Path, llama_folder: Path, undisturbed: pa.Table
+) -> None:
+    """Workers die of one row and stand still at another: all other rows are as ever."""
+    prompts = questions(12).to_pylist()
+    prompts[0]["q"], prompts[6]["q"] = "DIE", "SLEEP"
+    job = write_job(tmp_path, llama_folder, questions(1), input={"path": "in"})
+    (tmp_path / "in").mkdir()
+    for name, rows in (("a", prompts[:6]), ("b", prompts[6:7]), ("c", prompts[7:])):
+        table = pa.Table.from_pylist(rows, questions(1).schema)
+        pq.write_table(table, tmp_path / "in" / f"{name}.parquet")
+
+    limits = ("--set", "failure.stall_timeout=5", "--set", "failure.max_failed_rows=2")
+    process = start("run", job, "--json", *limits, module="tests.poisoned")
+    result = finish(process, limit=200)  # seven workers are lost, and seven started again
+    assert result.code == 0, result.stderr
+    assert result.json["totals"]["error"] == 2, "and Ray has written nothing beside the facts"
+    assert shardmill("verify", tmp_path / "out").code == 0
+    output = read_output(tmp_path / "out")
+    errors = output["error"].to_pylist()
+    assert [row for row in range(12) if errors[row]] == [0, 6]
+    assert all(error.startswith("killed: 2 workers") for error in (errors[0], errors[6]))
+    assert "its process died" in errors[0]
+    assert "it stood still for 5 s" in errors[6]
+    assert "row a.parquet#0 became an error row" in result.stderr
+    expected = undisturbed["completion"].to_pylist()[:12]
+    expected[0] = expected[6] = None
+    assert output["completion"].to_pylist() == expected
 
 
 def _worker_of(driver: int) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -15,9 +16,13 @@ from transformers import (
 
 from pipeline.records import Request, RequestId, Sampling
 from pipeline.sampling import Sampler, draw, random_key, uniform
+from pipeline.stopping import Vocabulary
 
 CPU = torch.device("cpu")
 NUM_TOKENS = 500
+EOS_IDS = [3, 4]
+# Some models can read a token, such as 900, that they cannot write.
+VOCABULARY = Vocabulary(lambda ids: "", NUM_TOKENS, {"<|end|>": 7}, frozenset([*EOS_IDS, 900]))
 SETTINGS = [
     Sampling(1, temperature=1.0),
     Sampling(1, temperature=0.7, top_k=50),
@@ -40,7 +45,7 @@ def sampler(*rows: Sampling, keys: list[int] | None = None) -> Sampler:
         Request(RequestId(0, row, 0), (1,), sampling, key)
         for row, (sampling, key) in enumerate(zip(rows, numbers, strict=True))
     ]
-    return Sampler(requests, CPU)
+    return Sampler(requests, VOCABULARY, CPU)
 
 
 def reference(sampling: Sampling) -> LogitsProcessorList:
@@ -66,10 +71,37 @@ def test_filters_equal_those_of_transformers(seed: int, dtype: torch.dtype) -> N
     logits[:, :9] -= 300  # probability 0 in float32, yet not filtered out unless asked
     seen_ids = torch.randint(NUM_TOKENS, (len(SETTINGS), 60))
     seen = torch.zeros(len(SETTINGS), NUM_TOKENS, dtype=torch.bool).scatter_(1, seen_ids, True)
-    scores = sampler(*SETTINGS).process(logits, seen)
+    scores = sampler(*SETTINGS).process(logits, seen=seen)
     for row, sampling in enumerate(SETTINGS):
         expected = reference(sampling)(seen_ids[row : row + 1], logits[row : row + 1])
         assert torch.equal(scores[row], expected[0]), sampling
+
+
+def test_nothing_ends_a_row_too_early() -> None:
+    """Until `min_new_tokens` are there, as in `generate`; then the scores are left alone."""
+    rows = [
+        Sampling(9, min_new_tokens=2),
+        Sampling(9, min_new_tokens=3, stop_token_ids=(8,), stop=("<|end|>", "text")),
+        Sampling(9, min_new_tokens=3, stop_token_ids=(8,), ignore_eos=True),
+        Sampling(9),
+    ]
+    endings = [EOS_IDS, [*EOS_IDS, 7, 8], [8], []]
+    logits = torch.randn(len(rows), NUM_TOKENS)
+    for steps in (
+        torch.tensor([0, 1, 2, 3]),
+        torch.tensor([1, 2, 3, 0]),
+        torch.tensor([2, 3, 1, 1]),
+    ):
+        scores = sampler(*rows).process(logits, steps)
+        for row, step in enumerate(steps.tolist()):
+            processor = MinNewTokensLengthLogitsProcessor(
+                prompt_length_to_skip=5,
+                min_new_tokens=rows[row].min_new_tokens,
+                eos_token_id=endings[row] or [0],
+                device="cpu",
+            )
+            ids = torch.zeros(1, 5 + step, dtype=torch.int64)
+            assert torch.equal(scores[row], processor(ids, logits[row : row + 1])[0])
 
 
 def test_top_p_at_its_limit() -> None:

@@ -364,6 +364,61 @@ class TestStartingTheJob:
         assert process.returncode == 75
 
 
+class TestLog:
+    def test_all_output_is_appended(self, machine: Machine) -> None:
+        """With SHARDMILL_LOG everything goes there, exit code as ever, and nothing elsewhere."""
+        machine.add_python(job="echo out; echo err >&2; exit 65")
+        log = machine.folder / "lo gs" / "%.log"
+        assert machine.run(SHARDMILL_LOG=log) == (65, "")
+        assert machine.run(SHARDMILL_LOG=log) == (65, "")
+        lines = log.read_text().splitlines()
+        assert [line for line in lines if line in ("out", "err")] == ["out", "err"] * 2
+        assert sum("started by run_job.sh" in line for line in lines) == 2
+        assert sum("first run only" in line for line in lines) == 1
+
+    def test_is_relative_to_the_callers_folder(self, machine: Machine) -> None:
+        """As paths among the arguments are."""
+        machine.add_python()
+        elsewhere = machine.folder / "else where"
+        elsewhere.mkdir()
+        machine.run(cwd=elsewhere, SHARDMILL_LOG="-log")
+        assert "started by" in (elsewhere / "-log").read_text()
+
+    def test_rotates(self, machine: Machine) -> None:
+        """A log of 10 MiB makes room; three old ones are kept, and none grows without end."""
+        machine.add_python()
+        log = machine.folder / "job.log"
+        for number in range(6):
+            log.write_text(f"{number}\n" + "x" * 10 * 2**20)
+            assert machine.run(SHARDMILL_LOG=log) == (0, "")
+        assert log.stat().st_size < 1000
+        kept = sorted(machine.folder.glob("job.log.*"))
+        assert [path.suffix for path in kept] == [".1", ".2", ".3"]
+        assert [path.read_text()[0] for path in kept] == ["5", "4", "3"]
+
+    def test_cannot_be_written(self, machine: Machine) -> None:
+        """A folder, or a place where none can be made: one sentence, 73, and no job."""
+        machine.add_python()
+        for log in (machine.folder, machine.bin / "python3" / "log"):
+            code, errors = machine.run(SHARDMILL_LOG=log)
+            assert code == 73
+            assert is_one_sentence(errors, "SHARDMILL_LOG=", "cannot be written")
+        assert not (machine.notes / "job").exists()
+
+    def test_signals_reach_the_job(self, machine: Machine) -> None:
+        """The log takes no process of its own: the job is the one that was started."""
+        ready = machine.notes / "ready"
+        machine.add_python(
+            job=f"trap 'exit 75' TERM; touch '{ready}'; while :; do sleep 0.05; done"
+        )
+        process = machine.start(SHARDMILL_LOG=str(machine.folder / "log"))
+        wait_for(ready.exists)
+        assert machine.job()[0] == str(process.pid)
+        process.terminate()
+        process.communicate(timeout=30)
+        assert process.returncode == 75
+
+
 class TestGivenPython:
     def test_is_used(self, machine: Machine) -> None:
         """With SHARDMILL_PYTHON the job runs there, exit code and all, and no .venv is made."""
@@ -427,8 +482,15 @@ class TestRunTests:
             "-m ruff check .",
             "-m ruff format --check .",
             "-m mypy",
-            "-m pytest -q -k some name",
+            "-m pytest -q -rs -k some name",
         ]
+
+    def test_faults_are_chosen(self, machine: Machine) -> None:
+        """With --faults the long set of fault tests runs, and nothing else of pytest's."""
+        machine.add_python()
+        assert machine.run("run_tests.sh", "--faults", "-x")[0] == 0
+        checks = (machine.notes / "checks").read_text().splitlines()
+        assert checks[-1] == "-m pytest -q -rs -m faults -x"
 
     def test_stops_at_the_first_failure(self, machine: Machine) -> None:
         """A check that fails ends the run with its exit code; the later ones do not start."""

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,18 @@ import pytest
 
 from pipeline import shard_runner
 from pipeline.engine_thread import Collector, EngineThread
+from pipeline.metrics import EngineMetrics
 from pipeline.prompts import PromptRenderer
 from pipeline.reader import ShardReader
-from pipeline.records import Completion, FinishReason, Request, RequestId, Sampling, Shard
+from pipeline.records import (
+    Completion,
+    FinishReason,
+    Request,
+    RequestId,
+    RowRange,
+    Sampling,
+    Shard,
+)
 from pipeline.segments import committed_infos, missing_positions
 from pipeline.settings import PromptSettings
 from pipeline.shard_runner import ShardRunner
@@ -30,8 +40,7 @@ class SteppedEngine:
     """Finishes the oldest request whenever the test allows one more step."""
 
     def __init__(self) -> None:
-        self.num_prompt_tokens = 0
-        self.num_generated_tokens = 0
+        self.metrics = EngineMetrics()
         self.requests: deque[Request] = deque()
         self._allowed = threading.Semaphore(0)
         self.failure: Exception | None = None
@@ -53,7 +62,7 @@ class SteppedEngine:
         if self.failure is not None:
             raise self.failure
         request = self.requests.popleft()
-        self.num_generated_tokens += 1
+        self.metrics = self.metrics.after_decode(num_slots=1, num_live=1, seconds=0.0)
         return [Completion(request.id, f"answer {request.id.row}", FinishReason.STOP, None, 3, 1)]
 
     def allow(self, steps: int) -> None:
@@ -63,8 +72,8 @@ class SteppedEngine:
 class Bench:
     """A runner over a small job, and a pool to run shards in."""
 
-    def __init__(self, folder: Path) -> None:
-        self.job = SmallJob(folder, rows=(6,), shard_rows=6)
+    def __init__(self, folder: Path, num_samples: int) -> None:
+        self.job = SmallJob(folder, rows=(6,), shard_rows=6, num_samples=num_samples)
         self.engine = SteppedEngine()
         self.runner = self.new_runner(self.engine)
         self._pool = ThreadPoolExecutor(4)
@@ -80,27 +89,28 @@ class Bench:
                 self.job.folder.root,
                 fingerprint=manifest.fingerprint,
                 schema=manifest.arrow_schema,
-                num_samples=1,
+                num_samples=manifest.num_samples,
                 worker="test",
             ),
             sampling=Sampling(4),
             seed=0,
-            num_samples=1,
+            num_samples=manifest.num_samples,
             passed_columns=["n", "noise"],
         )
 
-    def start(self, runner: ShardRunner, shard: Shard) -> Future[Any]:
-        return self._pool.submit(runner.run, shard)
+    def start(self, runner: ShardRunner, shard: Shard, rows: RowRange | None = None) -> Future[Any]:
+        return self._pool.submit(runner.run, shard, rows)
 
     @property
     def shard(self) -> Shard:
         return self.job.manifest.shard(0)
 
     def committed(self) -> list[int]:
-        """Rows committed, in the order of the commits."""
+        """Positions committed, in the order of the commits."""
         folder, fingerprint = self.job.folder, self.job.manifest.fingerprint
         infos = committed_infos(folder, 0, fingerprint)
-        assert missing_positions(infos, 6) is not None, "no row is in two commits"
+        total = 6 * self.job.manifest.num_samples
+        assert missing_positions(infos, total) is not None, "no row is in two commits"
         return [row for info in infos for first, end in info.ranges for row in range(first, end)]
 
     def close(self) -> None:
@@ -110,8 +120,8 @@ class Bench:
 
 
 @contextmanager
-def _bench(folder: Path) -> Iterator[Bench]:
-    bench = Bench(folder)
+def _bench(folder: Path, num_samples: int = 1) -> Iterator[Bench]:
+    bench = Bench(folder, num_samples)
     try:
         yield bench
     finally:
@@ -144,6 +154,18 @@ def test_a_shard_is_committed_at_once_when_it_is_whole(tmp_path: Path) -> None:
         assert bench.committed() == [0, 1, 2, 3, 4, 5]
 
 
+def test_only_chosen_positions_are_generated(tmp_path: Path) -> None:
+    """A shard is complete when what is wanted of it is there; the model is not asked for more."""
+    with _bench(tmp_path) as bench:
+        shard = replace(bench.shard, chosen=((1, 2), (4, 6)))
+        attempt = bench.start(bench.runner, shard)
+        bench.engine.allow(3)
+        assert attempt.result(timeout=20).is_complete
+        assert bench.committed() == [1, 4, 5]
+        again = bench.start(bench.runner, shard).result(timeout=20)
+        assert (again.commits, again.is_complete) == ((), True)
+
+
 @pytest.mark.usefixtures("often")
 def test_finished_rows_of_an_unfinished_shard_are_committed(tmp_path: Path) -> None:
     """A kill loses what was finished lately, however long the shard takes; progress tells."""
@@ -163,7 +185,7 @@ def test_draining_commits_what_is_finished(tmp_path: Path) -> None:
     with _bench(tmp_path) as bench:
         attempt = bench.start(bench.runner, bench.shard)
         bench.engine.allow(3)
-        _eventually(lambda: bench.engine.num_generated_tokens == 3)
+        _eventually(lambda: bench.engine.metrics.num_generated_tokens == 3)
         bench.runner.drain()
         outcome = attempt.result(timeout=20)
         assert not outcome.is_complete
@@ -200,6 +222,46 @@ def test_a_broken_engine_is_told_to_everyone(tmp_path: Path) -> None:
             bench.start(bench.runner, bench.shard).result(timeout=20)
 
 
+def test_some_rows_of_a_shard_run_by_themselves(tmp_path: Path) -> None:
+    """Only what is missing of them reaches the engine; the others stay to be done."""
+    with _bench(tmp_path) as bench:
+        bench.job.commit(0, [2])
+        bench.engine.allow(6)
+        outcome = bench.start(bench.runner, bench.shard, RowRange(1, 4)).result(timeout=20)
+        assert outcome.is_complete
+        assert bench.committed() == [2, 1, 3]
+        assert bench.start(bench.runner, bench.shard).result(timeout=20).is_complete
+        assert sorted(bench.committed()) == list(range(6))
+
+
+def test_all_samples_of_a_row_go_together(tmp_path: Path) -> None:
+    """Rows run by themselves, and rows that are to blame, with each of their samples."""
+    with _bench(tmp_path, num_samples=2) as bench:
+        bench.engine.allow(12)
+        assert bench.start(bench.runner, bench.shard, RowRange(1, 3)).result(timeout=20).is_complete
+        assert bench.committed() == [2, 3, 4, 5]
+        rows = RowRange(4, 5, error="killed: twice")
+        outcome = bench.start(bench.runner, bench.shard, rows).result(timeout=20)
+        assert outcome.commits[0].totals.error == 2
+        assert bench.committed() == [2, 3, 4, 5, 8, 9]
+
+
+def test_rows_that_are_to_blame_are_committed_as_errors(tmp_path: Path) -> None:
+    """They get the error they are given, beside their input, and no engine sees them."""
+    with _bench(tmp_path) as bench:
+        rows = RowRange(1, 2, error="killed: twice")
+        outcome = bench.start(bench.runner, bench.shard, rows).result(timeout=20)
+        assert outcome.is_complete
+        assert outcome.commits[0].totals.error == 1
+        assert not bench.engine.requests
+        [segment] = bench.job.folder.segments.iterdir()
+        table = pq.read_table(segment)
+        assert table["row_id"].to_pylist() == [bench.shard.row_id(1)]
+        assert table["n"].to_pylist() == [1]
+        assert table["finish_reason"].to_pylist() == ["error"]
+        assert table["error"].to_pylist() == ["killed: twice"]
+
+
 def test_a_completion_is_delivered_once(tmp_path: Path) -> None:
     """Of two answers to one request, only the first reaches the collector that asked."""
     engine = SteppedEngine()
@@ -210,7 +272,7 @@ def test_a_completion_is_delivered_once(tmp_path: Path) -> None:
     thread.submit([request], second)
     engine.allow(2)
     assert second.wait(10)
-    _eventually(lambda: engine.num_generated_tokens == 2)
+    _eventually(lambda: engine.metrics.num_generated_tokens == 2)
     assert (len(first.take()), len(second.take())) == (0, 1)
     thread.stop()
 

@@ -16,8 +16,9 @@ CPU = torch.device("cpu")
 class Mirror:
     """A cache beside what it must hold: for each row and layer, (heads, length, head size)."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, devices: Sequence[str] = ("cpu", "cpu")) -> None:
         self.chance = random.Random(seed)
+        self.devices = devices
         self.cache = SlotCache(NUM_LAYERS, num_slots=6, capacity=40)
         self.rows: list[list[Tensor]] = []
 
@@ -25,8 +26,9 @@ class Mirror:
         """Another cache with rows of these lengths, all new."""
         other = SlotCache(NUM_LAYERS, len(lengths), max(lengths))
         other.place(lengths, num_new=max(lengths))
-        for layer in other.layers:
-            states = torch.randn(len(lengths), NUM_HEADS, max(lengths), HEAD_SIZE)
+        for layer, device in zip(other.layers, self.devices, strict=True):
+            shape = (len(lengths), NUM_HEADS, max(lengths), HEAD_SIZE)
+            states = torch.randn(shape, device=device)
             layer.update(states, -states)
         other.advance(max(lengths))
         return other
@@ -48,7 +50,8 @@ class Mirror:
         if not self.rows or self.cache.window.end == self.cache.capacity:
             return
         for number, layer in enumerate(self.cache.layers):
-            states = torch.randn(len(self.rows), NUM_HEADS, 1, HEAD_SIZE)
+            shape = (len(self.rows), NUM_HEADS, 1, HEAD_SIZE)
+            states = torch.randn(shape, device=self.devices[number])
             layer.update(states, -states)
             for slot, row in enumerate(self.rows):
                 row[number] = torch.cat([row[number], states[slot]], dim=1)
@@ -59,6 +62,11 @@ class Mirror:
         order = self.cache.keep(kept)
         assert sorted(order) == kept
         assert sum(slot != row for slot, row in enumerate(order)) <= len(self.rows) - len(kept)
+        self.rows = [self.rows[row] for row in order]
+
+    def reorder(self) -> None:
+        order = self.chance.sample(range(len(self.rows)), len(self.rows))
+        self.cache.reorder(order)
         self.rows = [self.rows[row] for row in order]
 
     def move(self) -> None:
@@ -77,17 +85,28 @@ class Mirror:
         assert window.num_rows == len(self.rows)
         assert window.length == max(self.cache.lengths, default=0)
         for number, layer in enumerate(self.cache.layers):
+            if self.rows:
+                assert {layer.keys.device.type, layer.values.device.type} == {self.devices[number]}
             for slot, row in enumerate(self.rows):
                 columns = slice(window.end - row[number].shape[1], window.end)
+                if layer.keys.is_meta:
+                    continue  # it has no numbers
                 torch.testing.assert_close(layer.keys[slot, :, columns], row[number])
                 torch.testing.assert_close(layer.values[slot, :, columns], -row[number])
 
 
+@pytest.mark.parametrize("devices", [("cpu", "cpu"), ("cpu", "meta"), ("meta", "cpu")], ids=str)
 @pytest.mark.parametrize("seed", range(8))
-def test_rows_keep_their_states_whatever_happens_around_them(seed: int) -> None:
-    """Through appending, decoding, freeing, moving and resizing in any order."""
-    mirror = Mirror(seed)
-    acts = [mirror.append, mirror.decode, mirror.decode, mirror.keep, mirror.move, mirror.resize]
+def test_rows_keep_their_states_whatever_happens_around_them(
+    seed: int, devices: Sequence[str]
+) -> None:
+    """Through appending, decoding, freeing, reordering, moving and resizing in any order.
+
+    Layers on another device, of which a CPU has only one without numbers, keep to it.
+    """
+    mirror = Mirror(seed, devices)
+    acts = [mirror.append, mirror.decode, mirror.decode, mirror.keep]
+    acts += [mirror.reorder, mirror.move, mirror.resize]
     mirror.append()
     num_rows_seen = set()
     for _ in range(80):
@@ -152,6 +171,8 @@ def test_a_slot_can_be_blanked() -> None:
 
 
 def test_the_size_of_a_token_counts_keys_and_values_of_all_layers() -> None:
-    """In bytes, told from the states themselves."""
-    mirror = Mirror(0)
-    assert mirror.prefilled([2]).num_token_bytes == 2 * NUM_LAYERS * NUM_HEADS * HEAD_SIZE * 4
+    """In bytes, told from the states themselves, in all and for each device."""
+    num_bytes = 2 * NUM_HEADS * HEAD_SIZE * 4
+    assert Mirror(0).prefilled([2]).num_token_bytes == NUM_LAYERS * num_bytes
+    spread = Mirror(0, ("cpu", "meta")).prefilled([2]).token_bytes
+    assert spread == {CPU: num_bytes, torch.device("meta"): num_bytes}

@@ -76,7 +76,7 @@ def test_sampled_rows_do_not_depend_on_the_batch(model: Model) -> None:
 def test_each_token_is_drawn_with_its_own_number(model: Model) -> None:
     """The n-th token is the one that `Sampler` draws at step n from the logits of what precedes."""
     (request,) = requests_for(model, Sampling(8, temperature=1.5), PROMPTS[:1])
-    sampler = Sampler([request], model.device)
+    sampler = Sampler([request], model.vocabulary, model.device)
     ids = list(request.prompt_ids)
     for step in range(8):
         with torch.no_grad():
@@ -202,7 +202,8 @@ def test_counts(llama: Model) -> None:
     forward = llama.model.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        seen.append((engine.num_running, engine.num_prompt_tokens, engine.num_generated_tokens))
+        metrics = engine.metrics
+        seen.append((engine.num_running, metrics.num_steps, metrics.num_generated_tokens))
         return forward(*args, **kwargs)
 
     requests = requests_for(llama, Sampling(6), PROMPTS[:6])
@@ -212,8 +213,13 @@ def test_counts(llama: Model) -> None:
     finally:
         del llama.model.forward
     assert engine.num_running == 0
-    assert engine.num_prompt_tokens == sum(len(request.prompt_ids) for request in requests)
-    assert engine.num_generated_tokens == sum(row.num_completion_tokens for row in completions)
+    metrics = engine.metrics
+    assert metrics.num_prefilled_tokens == sum(len(request.prompt_ids) for request in requests)
+    assert metrics.num_padding_tokens > 0
+    assert 0 < metrics.slot_occupancy <= 1
+    assert metrics.prefill_seconds > 0
+    assert metrics.decode_seconds > 0
+    assert metrics.num_generated_tokens == sum(row.num_completion_tokens for row in completions)
     assert {num_running for num_running, _, _ in seen} == {4, 2}
     assert len({num_generated for _, _, num_generated in seen}) >= 12
 

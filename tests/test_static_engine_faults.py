@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.memory_limit import MemoryLimit
 from pipeline.model import Model
 from pipeline.records import Sampling
 from pipeline.static_engine import StaticEngine
@@ -50,10 +51,12 @@ def test_out_of_memory_halves_the_batch(llama: Model, error: Exception) -> None:
             raise error
 
     fake, model = failing(llama, fail)
-    engine = StaticEngine(model, 8)
-    assert run(engine, requests) == run(StaticEngine(llama, 8), requests)
+    limit = MemoryLimit()
+    assert run(StaticEngine(model, 8, limit=limit), requests) == run(
+        StaticEngine(llama, 8), requests
+    )
     assert fake.sizes[:3] == [8, 4, 2]
-    assert engine.max_tokens == 2 * longest
+    assert limit.max_tokens == 2 * longest
     assert max(fake.sizes[3:]) > 2
 
 
@@ -76,8 +79,7 @@ def test_out_of_memory_with_one_row(llama: Model) -> None:
 
 def test_row_longer_than_any_that_has_fitted(llama: Model) -> None:
     """It is tried, by itself, whatever limit has been learned."""
-    engine = StaticEngine(llama, 4)
-    engine.max_tokens = 6
+    engine = StaticEngine(llama, 4, limit=MemoryLimit(6))
     engine.add(requests_for(llama, Sampling(5), PROMPTS[:2]))
     assert [len(engine.step()) for _ in range(2)] == [1, 1]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,19 @@ def test_a_signal_ends_a_step_at_once(number: signal.Signals) -> None:
     stop = StopRequest()
     with stop.listening(), pytest.raises(StoppedError, match=number.name):
         signal.raise_signal(number)
+
+
+def test_a_signal_in_the_midst_of_a_library_is_no_bug_of_it() -> None:
+    """Code that is not made for it turns the exception into another one; it is a stop even so."""
+
+    def make_a_lock() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise AttributeError("a lock that was about to be made")
+
+    with pytest.raises(StoppedError, match="SIGTERM"), StopRequest().listening():
+        make_a_lock()
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -59,3 +74,29 @@ def test_handlers_are_put_back() -> None:
     with StopRequest().listening():
         assert signal.getsignal(signal.SIGTERM) not in before
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+SLOW_TO_STOP = """
+import os, signal, time
+from typing import Any
+from jobs.progress import Silent
+from jobs.run import Run, RunOptions
+from jobs.stop import StopRequest
+
+nothing: Any = None
+stop = StopRequest()
+with stop.listening(), Run(nothing, nothing, RunOptions(), stop, Silent()).ray(), stop.deferred():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(4)
+    print(stop.reason())
+"""
+
+
+def test_ray_does_not_cut_the_time_to_stop_short() -> None:
+    """Workers may take longer to commit than the three seconds that Ray leaves after SIGTERM."""
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_TO_STOP], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "got SIGTERM"
+    assert "SIGTERM received at" not in done.stderr

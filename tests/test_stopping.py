@@ -49,6 +49,17 @@ def generate(
     return row.completion
 
 
+def ending(ids: Sequence[int], stops: Sequence[str] = (), **options: Any) -> Completion | None:
+    """As `generate`, over the bytes and with further options of `Sampling`."""
+    vocabulary = VOCABULARIES["bytes"]
+    request = Request(RequestId(0, 0, 0), (5,), Sampling(100, tuple(stops), **options))
+    row = Generated(request, StopStrings(stops, vocabulary), vocabulary)
+    for token in ids:
+        if row.add(token):
+            break
+    return row.completion
+
+
 def encode(kind: str, text: str) -> list[int]:
     """Tokens of a text, without special ones."""
     return list(TOKENIZERS[kind].encode(text, add_special_tokens=False))
@@ -68,7 +79,7 @@ def _flat(lists: list[list[int]]) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=st.data())
 def test_finds_what_the_naive_method_finds(kind: str, data: st.DataObject) -> None:
     """Same token, same stop string and same text as decoding and searching all after each one."""
@@ -244,3 +255,63 @@ def test_failed_row() -> None:
     assert row.completion == Completion(
         RequestId(1, 2, 3), None, FinishReason.ERROR, None, 2, 1, "nan: no number"
     )
+
+
+def test_a_stop_string_may_stay_in() -> None:
+    """And nothing after it, though the token that ended it has more text."""
+    ids = encode("bytes", "a b END c")
+    completion = ending(ids, ["END", "never"], include_stop=True)
+    assert completion is not None
+    assert (completion.text, completion.stop_reason) == ("a b END", "END")
+
+
+@pytest.mark.parametrize("include_stop", [False, True])
+def test_a_stop_token_ends_a_row(include_stop: bool) -> None:
+    """Whatever its text would be, and is named by its number."""
+    ids = encode("bytes", "abcd")
+    completion = ending(ids, stop_token_ids=(ids[2], 499), include_stop=include_stop)
+    assert completion is not None
+    assert completion.text == ("abc" if include_stop else "ab")
+    assert completion.stop_reason == str(ids[2])
+    assert completion.finish_reason is FinishReason.STOP
+
+
+def test_end_of_sequence_may_mean_nothing() -> None:
+    """It is not in the text, counts as a token, and the row goes on to another ending."""
+    ids = [*encode("bytes", "ab"), EOS_ID, *encode("bytes", "cd.")]
+    completion = ending(ids, ["."], ignore_eos=True)
+    assert completion is not None
+    assert (completion.text, completion.num_completion_tokens) == ("abcd", 6)
+
+
+def test_stop_strings_do_not_count_before_the_minimum() -> None:
+    """One that is complete earlier is passed over, also when a later one comes near it."""
+    ids = encode("bytes", "x. y.. z.")
+    assert len(ids) == 9
+    for minimum, text in ((1, "x"), (2, "x. y"), (5, "x. y."), (6, "x. y.. z")):
+        completion = ending(ids, ["."], min_new_tokens=minimum)
+        assert completion is not None
+        assert completion.text == text, minimum
+    assert ending(ids, ["."], min_new_tokens=9) is None
+
+
+@settings(max_examples=200)
+@given(
+    token_lists("bytes"), st.lists(st.text("ab .é", min_size=1, max_size=3), max_size=3), st.data()
+)
+def test_minimum_agrees_with_looking_at_everything(
+    ids: list[int], stops: list[str], data: st.DataObject
+) -> None:
+    """The first stop string that the text after a token completes and the minimum does not."""
+    decode = VOCABULARIES["bytes"].decode
+    minimum = data.draw(st.integers(0, len(ids)))
+    free = len(decode(ids[:minimum]).rstrip(UNDECODED))
+    expected = None
+    for end in range(minimum + 1, len(ids) + 1):
+        text = decode(ids[:end])
+        stands = {text.find(stop, max(0, free - len(stop) + 1)) for stop in stops}
+        if max(stands, default=-1) >= 0:
+            expected = end
+            break
+    completion = ending(ids, stops, min_new_tokens=minimum, ignore_eos=True)
+    assert (completion.num_completion_tokens if completion else None) == expected

@@ -1,0 +1,90 @@
+"""The memory of this machine, or of the part of it that a container or a batch system gives."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Bytes.
+
+    Attributes:
+        available: what processes could still take, cached files given up.
+    """
+
+    total: int
+    available: int
+
+
+def host_memory() -> HostMemory:
+    """What this process and others beside it may take together."""
+    machine = psutil.virtual_memory()
+    limits = [HostMemory(machine.total, machine.available), *cgroup_limits()]
+    return HostMemory(
+        min(limit.total for limit in limits), min(limit.available for limit in limits)
+    )
+
+
+def cgroup_limits(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> Iterator[HostMemory]:
+    """The limits of the control groups that this process is in, each with what is left of it.
+
+    Args:
+        root: where control groups are mounted, of version 1 or 2.
+        own: names those of this process.
+    """
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return  # not Linux
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            names = ("memory.max", "memory.current", "inactive_file")
+            yield from _limits(root, path, *names)
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            yield from _limits(root / "memory", path, *names)
+
+
+def _limits(mount: Path, path: str, limit: str, usage: str, cached: str) -> Iterator[HostMemory]:
+    """Those of a group and of all groups around it."""
+    group = mount / path.lstrip("/")
+    # In a container the path may be one of the machine outside; the mount itself is then ours.
+    for folder in [group, *group.parents]:
+        if folder == mount.parent:
+            return
+        try:
+            total = int((folder / limit).read_text())
+            used = int((folder / usage).read_text())
+            statistics = (folder / "memory.stat").read_text().split()
+        except (OSError, ValueError):
+            continue  # no such group here, or "max": no limit
+        pairs = dict(zip(statistics[::2], statistics[1::2], strict=False))
+        # Pages of mapped files count as active for long after their process has ended.
+        files = sum(
+            int(pairs.get(name, 0)) for name in (cached, cached.replace("inactive", "active"))
+        )
+        yield HostMemory(total, min(total, max(0, total - used + files)))
+
+
+def peak_host_bytes() -> int:
+    """The most memory that this process has held at a time, mapped files included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def readable(num_bytes: int) -> str:
+    """`12.5 GiB`, or `3.4 MiB` below one."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:,.1f} GiB"
+    return f"{num_bytes / 2**20:,.1f} MiB"

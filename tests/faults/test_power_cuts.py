@@ -1,0 +1,211 @@
+"""The real ledger on a disk that forgets at a power cut what was not synced."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from jobs.parts import finish, roll_up
+from jobs.verify import verify
+from pipeline.errors import SupersededError
+from pipeline.segments import missing_positions
+from tests.faults.power_cuts import Disk, PowerCut
+from tests.run_folders import SmallJob, make_manifest
+
+IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+"""The disk is pretended anyway, and this one is faster."""
+
+Attempt = tuple[int, int, list[int]]
+"""Shard, number of the next commit, and positions that were missing."""
+
+
+class PowerCuts(RuleBasedStateMachine):
+    """Attempts, zombies, roll-ups and new drivers in any order; the power fails at any call.
+
+    Attributes:
+        promised: by shard, positions whose commit was reported.
+        has_begun: whether the folder was reported to be there.
+        has_ended: whether `_SUCCESS` was.
+    """
+
+    job: SmallJob
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.home = Path(tempfile.mkdtemp(prefix="shardmill-", dir=IN_MEMORY))
+        self.attempts: list[Attempt] = []
+        self.promised: defaultdict[int, set[int]] = defaultdict(set)
+        self.has_begun = self.has_ended = False
+
+    @initialize(
+        data=st.data(),
+        rows=st.lists(st.integers(0, 4), min_size=1, max_size=3).filter(any),
+        num_samples=st.integers(1, 2),
+        shard_rows=st.integers(1, 3),
+        shards_per_part=st.integers(1, 2),
+    )
+    def begin(self, data: st.DataObject, rows: list[int], **sizes: int) -> None:
+        self.rows, self.sizes = rows, sizes
+        for name in ("graveyard", "scratch"):
+            (self.home / name).mkdir()
+        make_manifest(self.home / "scratch" / "input", rows, **sizes)
+        self.disk = Disk(self.home / "scratch", self.home / "graveyard")
+        self._restart(data)
+
+    @rule(data=st.data())
+    def another_driver(self, data: st.DataObject) -> None:
+        """The one before was killed; its attempts may be zombies."""
+        self._restart(data)
+
+    @rule(data=st.data())
+    def power_cut(self, data: st.DataObject) -> None:
+        self._lose_power(data)
+        self._restart(data)
+
+    @rule(number=st.integers(0, 100))
+    def start_attempt(self, number: int) -> None:
+        pending = list(self.state.pending())
+        if pending:
+            shard = pending[number % len(pending)]
+            infos = self.job.infos(shard)
+            total = self.job.manifest.shard_completions(shard)
+            self.attempts.append((shard, len(infos), missing_positions(infos, total)))
+
+    @precondition(lambda self: self.attempts)
+    @rule(data=st.data(), lives=st.none() | st.integers(0, 8))
+    def publish(self, data: st.DataObject, lives: int | None) -> None:
+        """Commits some of what an attempt set out to do."""
+        index = data.draw(st.integers(0, len(self.attempts) - 1))
+        shard, commit, wanted = self.attempts.pop(index)
+        if wanted:
+            done = data.draw(st.sets(st.sampled_from(wanted), min_size=1))
+            self._publish(data, lives, (shard, commit, wanted), done)
+
+    @rule(data=st.data(), lives=st.none() | st.integers(0, 40))
+    def complete(self, data: st.DataObject, lives: int | None) -> None:
+        """Commits all that is missing of every other shard, or of all."""
+        for shard in list(self.state.pending())[:: data.draw(st.integers(1, 2))]:
+            infos = self.job.infos(shard)
+            missing = missing_positions(infos, self.job.manifest.shard_completions(shard))
+            if missing:
+                self._publish(data, lives, (shard, len(infos), missing), set(missing))
+
+    def _publish(
+        self, data: st.DataObject, lives: int | None, attempt: Attempt, done: set[int]
+    ) -> None:
+        shard, commit, wanted = attempt
+        try:
+            info = self._until_power_cut(data, lives, lambda: self.job.commit(shard, done, commit))
+        except SupersededError:
+            return
+        if info is not None:
+            self.state.add([info])
+            self.attempts.append((shard, commit + 1, [p for p in wanted if p not in done]))
+            if not self.state.has_part(self.job.manifest.part_of(shard)):
+                self.promised[shard] |= done
+
+    @rule(data=st.data(), lives=st.none() | st.integers(0, 12))
+    def roll_up(self, data: st.DataObject, lives: int | None) -> None:
+        for part in self.state.ready_parts():
+            put_together = partial(roll_up, self.job.folder, self.job.manifest, part)
+            if self._until_power_cut(data, lives, put_together) is None:
+                return  # and all was started anew
+            self.state.mark_part(part)
+
+    @precondition(lambda self: self.state.num_parts_done == self.job.manifest.num_parts)
+    @rule(data=st.data(), lives=st.none() | st.integers(0, 4))
+    def finish(self, data: st.DataObject, lives: int | None) -> None:
+        if self._until_power_cut(data, lives, lambda: finish(self.job.folder, self.job.manifest)):
+            self.has_ended = True
+
+    @invariant()
+    def nothing_is_damaged(self) -> None:
+        if self.has_begun:
+            assert verify(self.job.path).damage == []
+
+    @invariant()
+    def what_was_reported_is_there(self) -> None:
+        if not self.has_begun:
+            return
+        for shard, positions in self.promised.items():
+            if not self.job.ledger.is_rolled_up(shard):
+                total = self.job.manifest.shard_completions(shard)
+                missing = missing_positions(self.job.infos(shard), total)
+                assert not positions & set(missing), f"shard {shard}"
+        if self.has_ended:
+            assert self.job.ledger.is_complete
+
+    def teardown(self) -> None:
+        if self.has_begun:
+            self.job = SmallJob(self.home / "scratch", self.rows, **self.sizes)
+            self.job.finish()
+            assert self.job.output() == self.job.expected()
+            assert verify(self.job.path).state == "complete"
+        shutil.rmtree(self.home)
+
+    def _restart(self, data: st.DataObject) -> None:
+        """What a driver does before it hands anything out."""
+
+        def start() -> SmallJob:
+            job = SmallJob(self.home / "scratch", self.rows, **self.sizes)
+            job.ledger.sweep()
+            return job
+
+        lives = data.draw(st.none() | st.integers(0, 15), label="lives of the new driver")
+        while (job := self._try(lives, start)) is None:
+            self._lose_power(data)
+            lives = None
+        self.job, self.state, self.has_begun = job, job.ledger.scan(), True
+
+    def _until_power_cut(
+        self, data: st.DataObject, lives: int | None, action: Callable[[], Any]
+    ) -> Any:
+        """What `action` returns; None if the power failed meanwhile, and all was started anew."""
+        result = self._try(lives, action)
+        if result is None:
+            self._lose_power(data)
+            self._restart(data)
+        return result
+
+    def _try(self, lives: int | None, action: Callable[[], Any]) -> Any:
+        self.disk.cut_power_after(lives)
+        result = None
+        with self.disk.plugged_in(), suppress(PowerCut):
+            result = action()
+        self.disk.cut_power_after(None)
+        return result
+
+    def _lose_power(self, data: st.DataObject) -> None:
+        self.attempts.clear()
+        self.disk.restart(lambda values: data.draw(st.sampled_from(values)))
+        manifest = self.home / "scratch" / "run" / ".shardmill" / "manifest.json"
+        assert manifest.exists() or not self.has_begun, "the folder was reported to be there"
+
+
+TestPowerCuts = PowerCuts.TestCase
+TestPowerCuts.settings = settings(
+    max_examples=40, stateful_step_count=20, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1200)
+class TestManyPowerCuts(PowerCuts.TestCase):  # type: ignore[misc]
+    """The same, for long."""
+
+    settings = settings(
+        max_examples=600,
+        stateful_step_count=40,
+        suppress_health_check=list(HealthCheck),
+    )

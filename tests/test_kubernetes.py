@@ -1,0 +1,115 @@
+"""The manifests: what Kubernetes and KubeRay know, and nothing taken apart on its way."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import example, given, settings
+
+from jobs.config import JobConfig
+from jobs.schedulers import kubernetes
+from jobs.schedulers.submission import Submission
+from pipeline.errors import JobFileError
+from tests.fake_slurm import make_program
+from tests.kubernetes_fields import SCHEMAS
+from tests.submissions import make_job, make_submission, texts
+
+KUBERAY = {"image": "registry/shardmill:1", "volume_claim": "shared", "secret": "tokens"}
+
+
+class TestKubernetes:
+    @pytest.mark.parametrize(
+        "cluster",
+        [
+            {},
+            {"nodes": 4, "gpus_per_node": 8, "cpus_per_node": 32, "memory": "200G"},
+            {"walltime": "8h", "env": {"HF_HOME": "/data/hf"}, "gpus_per_node": 0},
+            {"schedule": "0 2 * * *", "walltime": "90s"},
+        ],
+    )
+    def test_fields(self, cluster: dict[str, Any]) -> None:
+        """Every field is one that the servers know, in its place and of its type."""
+        manifests = list(
+            yaml.safe_load_all(kubernetes.render(make_submission(kuberay=KUBERAY, **cluster)))
+        )
+        for manifest in manifests:
+            jsonschema.validate(manifest, SCHEMAS[manifest["kind"]])
+        kind = "CronJob" if "schedule" in cluster else "RayJob"
+        assert [manifest["kind"] for manifest in manifests] == ["ConfigMap", kind]
+
+    def test_nodes_and_resources(self) -> None:
+        """The head works too; GPUs, cores and memory are asked for as each node has them."""
+        submission = make_submission(nodes=4, gpus_per_node=8, memory="64G", kuberay=KUBERAY)
+        spec = list(yaml.safe_load_all(kubernetes.render(submission)))[1]["spec"]["rayClusterSpec"]
+        [others] = spec["workerGroupSpecs"]
+        assert others["replicas"] == others["minReplicas"] == others["maxReplicas"] == 3
+        for group in (spec["headGroupSpec"], others):
+            limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+            assert limits == {"nvidia.com/gpu": 8, "memory": "64Gi"}
+
+    def test_a_cron_job_knows_the_exit_codes(self) -> None:
+        """One run at a time; what a person must mend is not tried again, a lost node is."""
+        submission = make_submission(schedule="0 2 * * *", kuberay=KUBERAY)
+        spec = list(yaml.safe_load_all(kubernetes.render(submission)))[1]["spec"]
+        assert spec["concurrencyPolicy"] == "Forbid"
+        job = spec["jobTemplate"]["spec"]
+        ignored, failed = job["podFailurePolicy"]["rules"]
+        assert ignored["onPodConditions"][0]["type"] == "DisruptionTarget"
+        assert failed["onExitCodes"]["values"] == [2, 65, 70, 73, 78]
+        assert job["template"]["spec"]["restartPolicy"] == "Never"  # podFailurePolicy demands it
+
+    @settings(max_examples=50)
+    @given(value=texts, template=texts)
+    @example(value="\x85", template="\u2028\n")
+    def test_texts_arrive_whole(self, value: str, template: str) -> None:
+        """Whatever is in a variable or a prompt: the pod gets the same job."""
+        job = make_job(kuberay=KUBERAY, env={"VALUE": value})
+        prompt = job.prompt.model_copy(update={"template": template})
+        job = job.model_copy(update={"prompt": prompt})
+        config_map, ray_job = yaml.safe_load_all(
+            kubernetes.render(Submission(job, Path("/job.yaml"), ()))
+        )
+        head = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]
+        environment = head["template"]["spec"]["containers"][0]["env"]
+        assert {"name": "VALUE", "value": value} in environment
+        there = JobConfig.model_validate(yaml.safe_load(config_map["data"]["job.yaml"]))
+        assert there == job.model_copy(update={"cluster": there.cluster})
+
+    def test_what_is_missing(self) -> None:
+        """No image, or a CronJob over several nodes: a sentence with the setting's name."""
+        with pytest.raises(JobFileError, match=r"'cluster\.kuberay' is missing"):
+            kubernetes.render(make_submission())
+        with pytest.raises(JobFileError, match=r"cluster\.nodes is 2"):
+            kubernetes.render(make_submission(nodes=2, schedule="0 2 * * *", kuberay=KUBERAY))
+
+    @pytest.mark.parametrize(
+        ("state", "verbs"),
+        [
+            ("", ["get", "apply"]),
+            ("Running", ["get", "apply"]),
+            ("Complete", ["get", "delete", "apply"]),
+            ("Failed", ["get", "delete", "apply"]),
+        ],
+    )
+    def test_only_what_has_ended_is_replaced(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, verbs: list[str]
+    ) -> None:
+        """A RayJob at work is left alone when it is sent once more."""
+        text = f"""#!/bin/sh
+echo "$3" >>"{tmp_path}/verbs"
+case "$3" in
+  get) printf %s "{state}" ;;
+  apply) cat >"{tmp_path}/applied" ;;
+esac
+"""
+        make_program(tmp_path / "kubectl", text)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        submission = make_submission(kuberay=KUBERAY)
+        kubernetes.send(submission)
+        assert (tmp_path / "verbs").read_text().split() == verbs
+        assert (tmp_path / "applied").read_text() == kubernetes.render(submission)

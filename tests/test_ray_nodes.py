@@ -1,0 +1,37 @@
+"""Waiting for nodes that do not come; that they do, tests/faults/test_real_schedulers.py shows."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs import nodes
+from pipeline.errors import ResourceError, StoppedError
+
+
+def nothing() -> None:
+    """Nobody asks to stop."""
+
+
+def test_a_cluster_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens at the address: the wait ends with both numbers."""
+    monkeypatch.setattr(nodes, "LIMIT", 0.1)
+    monkeypatch.setattr(nodes, "_POLL", 0.1)
+    with pytest.raises(ResourceError, match="0 of 2 nodes have joined"):
+        nodes.await_nodes("127.0.0.1:1", 2, nothing)
+
+
+@pytest.mark.parametrize("address", ["auto", "head", "ray://head:10001"])
+def test_an_address_that_cannot_be_asked(address: str) -> None:
+    """Ten minutes would not make it one."""
+    with pytest.raises(ResourceError, match="needs the head's address as host:port"):
+        nodes.await_nodes(address, 2, nothing)
+
+
+def test_a_stop_ends_the_wait() -> None:
+    """A stop file is looked at between two tries."""
+
+    def check() -> None:
+        raise StoppedError("stopped")
+
+    with pytest.raises(StoppedError):
+        nodes.await_nodes("127.0.0.1:1", 2, check)

@@ -1,0 +1,351 @@
+"""What `shardmill submit` prints and sends: nothing in a path or a value may be taken apart."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import string
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+
+from jobs.config import load_job
+from jobs.schedulers import crontab, programs, ray_jobs, slurm
+from jobs.schedulers.known import SCHEDULERS
+from jobs.schedulers.submission import prepare_submission
+from pipeline.errors import JobFileError, ResourceError
+from tests.fake_cron import as_cron
+from tests.fake_slurm import FakeSlurm, make_program
+from tests.kubernetes_fields import SCHEMAS
+from tests.small_jobs import wait_until
+from tests.submissions import make_submission, texts
+
+ROOT = Path(__file__).parents[1]
+
+# Notes its arguments, and a variable of its environment.
+RECORDER = """#!/bin/sh
+printf '%s\\0' "$@" >"{folder}/arguments"
+printf '%s' "$VALUE" >"{folder}/value"
+exit "${{CODE:-0}}"
+"""
+
+paths = texts.map(lambda text: f"/a b/{text}'\"$(false)\\%\n.yaml")
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Path:
+    """A program that plays Python, or run_job.sh."""
+    return make_program(tmp_path / "re corder", RECORDER.format(folder=tmp_path))
+
+
+def recorded(recorder: Path) -> tuple[list[str], str]:
+    """The arguments that it got last, and the value of $VALUE."""
+    arguments = (recorder.parent / "arguments").read_bytes().decode("utf-8")
+    value = (recorder.parent / "value").read_bytes().decode("utf-8")
+    return arguments.split("\0")[:-1], value
+
+
+class TestSlurm:
+    @settings(max_examples=30)
+    @given(path=paths, override=texts, value=texts)
+    def test_words_arrive_whole(
+        self, tmp_path_factory: pytest.TempPathFactory, path: str, override: str, value: str
+    ) -> None:
+        """Whatever is in a path, a setting or a variable: bash hands it on as it is."""
+        folder = tmp_path_factory.mktemp("slurm")
+        recorder = make_program(folder / "re corder", RECORDER.format(folder=folder))
+        submission = make_submission(path, override, python=str(recorder), env={"VALUE": value})
+        queue = FakeSlurm(folder / "queue")
+        queue.script.write_text(slurm.render(submission), encoding="utf-8")
+        assert subprocess.run(["bash", "-n", queue.script], check=False).returncode == 0
+        process = queue.start()
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 0, output
+        stop_file = queue.folder / f"{submission.name}-4711.stop"
+        arguments = ["-P", "-m", "jobs", "run", str(Path(path)), "--set", override]
+        assert recorded(recorder) == ([*arguments, "--stop-file", str(stop_file)], value)
+
+    @pytest.mark.parametrize(
+        ("code", "restarts", "is_requeued"),
+        [
+            (0, 0, False),
+            (75, 0, False),  # a stop file of the user's, or another run has the folder
+            (69, 0, True),
+            (1, 4, True),
+            (69, 5, False),
+            (65, 0, False),
+            (78, 0, False),
+        ],
+    )
+    def test_exit_codes(
+        self, tmp_path: Path, recorder: Path, code: int, restarts: int, is_requeued: bool
+    ) -> None:
+        """The run's exit code is the job's; only what another node may mend is queued again."""
+        submission = make_submission(python=str(recorder))
+        queue = FakeSlurm(tmp_path / "queue")
+        queue.script.write_text(slurm.render(submission))
+        process = queue.start(CODE=str(code), SLURM_RESTART_COUNT=str(restarts))
+        process.communicate(timeout=30)
+        assert process.returncode == code
+        assert queue.num_requeued == is_requeued
+
+    @pytest.mark.parametrize(
+        ("number", "is_requeued"),
+        [(signal.SIGUSR1, True), (signal.SIGTERM, False), (signal.SIGINT, False)],
+    )
+    def test_signals(self, tmp_path: Path, number: signal.Signals, is_requeued: bool) -> None:
+        """Any makes the stop file and waits for the run; only the wall time's queues it again."""
+        text = f"""#!/bin/sh
+for stop_file; do :; done
+touch "{tmp_path}/ready"
+until [ -e "$stop_file" ]; do sleep 0.02; done
+exit 75
+"""
+        submission = make_submission(python=str(make_program(tmp_path / "waits", text)))
+        queue = FakeSlurm(tmp_path / "queue")
+        queue.script.write_text(slurm.render(submission))
+        process = queue.start()
+        wait_until((tmp_path / "ready").exists, process)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 75, output
+        assert queue.num_requeued == is_requeued
+        assert not list(queue.folder.glob("*.stop")), "it would stop the next start"
+
+    def test_options(self, tmp_path: Path) -> None:
+        """What the job file asks for stands in the #SBATCH lines, in Slurm's words."""
+        queue = FakeSlurm(tmp_path / "queue")
+        slurm_options = {"partition": "gpu", "exclusive": True, "hold": False}
+        submission = make_submission(
+            nodes=3,
+            gpus_per_node=8,
+            cpus_per_node=64,
+            memory="500G",
+            walltime="1h30m",
+            slurm=slurm_options,
+        )
+        queue.script.write_text(slurm.render(submission))
+        assert queue.options() == {
+            "job-name": submission.name,
+            "dependency": "singleton",
+            "nodes": "3",
+            "ntasks-per-node": "1",
+            "gpus-per-node": "8",
+            "cpus-per-task": "64",
+            "mem": "500G",
+            "time": "90",
+            "signal": "B:USR1@180",
+            "requeue": "",
+            "open-mode": "append",
+            "output": "%x-%j.log",
+            "partition": "gpu",
+            "exclusive": "",
+        }
+
+    def test_the_notice_fits_in_the_wall_time(self) -> None:
+        """A short job is not told to stop as it starts."""
+        assert "--signal=B:USR1@60\n" in slurm.render(make_submission(walltime="2m"))
+
+    @pytest.mark.parametrize("nodes", [1, 2])
+    def test_scripts_are_clean(self, tmp_path: Path, nodes: int) -> None:
+        """Shellcheck, where it is installed, has nothing to say."""
+        if shutil.which("shellcheck") is None:
+            pytest.skip("there is no shellcheck")
+        script = tmp_path / "script.sh"
+        script.write_text(slurm.render(make_submission(nodes=nodes, env={"A": "b"})))
+        done = subprocess.run(
+            ["shellcheck", "--severity=warning", script],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stdout == ""
+
+
+class TestCron:
+    @settings(max_examples=30)
+    @given(path=paths, value=texts, script=texts)
+    def test_words_arrive_whole(
+        self, tmp_path_factory: pytest.TempPathFactory, path: str, value: str, script: str
+    ) -> None:
+        """Whatever is in a path or a variable, but for line breaks, passes cron and sh as it is."""
+        folder = tmp_path_factory.mktemp("cron")
+        path, value = (" ".join(f"{text}%".splitlines()) for text in (path, value))
+        name = "".join(c for c in script if c in string.printable and c not in "/\n\r")[:50]
+        recorder = make_program(folder / f"%{name}", RECORDER.format(folder=folder))
+        submission = make_submission(path, env={"VALUE": value}, schedule="0 2 * * *")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(crontab, "SCRIPT", recorder)
+            mark, line = crontab.render(submission).removesuffix("\n").split("\n")
+        assert mark == f"# {submission.name}"
+        assert line.startswith("0 2 * * * ")
+        subprocess.run(["sh", "-c", as_cron(line)], check=True, env={"PATH": os.defpath})
+        assert recorded(recorder) == ([str(Path(path))], value)
+
+    def test_a_line_break_is_refused(self) -> None:
+        """A crontab has no way to write one."""
+        with pytest.raises(JobFileError, match="line break"):
+            crontab.render(make_submission("/jobs/a\nb.yaml", schedule="0 2 * * *"))
+
+    def test_a_time_is_needed(self) -> None:
+        """With a way to give it."""
+        with pytest.raises(JobFileError, match=r"--set cluster.schedule='0 2 \* \* \*'"):
+            crontab.render(make_submission())
+
+    def test_only_our_own_line_is_replaced(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Sent twice, or with another time: one line of the job, and all others as they were."""
+        text = f"""#!/bin/sh
+case "$1" in
+  -l) cat "{tmp_path}/tab" 2>/dev/null || {{ echo "no crontab for me" >&2; exit 1; }} ;;
+  -) cat >"{tmp_path}/tab" ;;
+esac
+"""
+        make_program(tmp_path / "crontab", text)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        tab = tmp_path / "tab"
+        crontab.send(make_submission(schedule="0 2 * * *"))
+        assert tab.read_text() == crontab.render(make_submission(schedule="0 2 * * *"))
+        others = "MAILTO=me\n" + tab.read_text() + "# mine\n5 * * * *  /bin/true %x\n# end"
+        tab.write_text(others)
+        crontab.send(make_submission(schedule="0 2 * * *"))
+        crontab.send(make_submission(schedule="30 4 * * 1-5"))
+        new = crontab.render(make_submission(schedule="30 4 * * 1-5"))
+        assert tab.read_text() == "MAILTO=me\n# mine\n5 * * * *  /bin/true %x\n# end\n" + new
+        # Whoever has removed the job's line but not its mark has another line behind it.
+        mark = new.split("\n", 1)[0].encode()
+        tab.write_bytes(mark + b"\n1 1 * * * backup --of M\xfcnchen\n")
+        crontab.send(make_submission(schedule="30 4 * * 1-5"))
+        assert tab.read_bytes() == b"1 1 * * * backup --of M\xfcnchen\n" + new.encode()
+
+
+class TestRayJobs:
+    def test_the_stop_is_given_time(self) -> None:
+        """Ray would kill the run three seconds after `ray job stop`."""
+        line = ray_jobs.render(make_submission(walltime="8h", env={"A": "b c"}))
+        assert '"RAY_JOB_STOP_WAIT_TIME_S": "90"' in line
+        assert '"A": "b c"' in line
+        assert line.endswith(" -P -m jobs run /jobs/job.yaml --max-walltime 8h\n")
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Iterator[Path]:
+    """The quickstart's, and a current folder."""
+    path = tmp_path / "here" / "job.yaml"
+    path.parent.mkdir()
+    text = (ROOT / "configs" / "quickstart" / "job.yaml").read_text(encoding="utf-8")
+    path.write_text(text + "cluster: {schedule: 0 2 * * *, kuberay: {image: i}}\n")
+    before = Path.cwd()
+    os.chdir(path.parent)
+    yield path
+    os.chdir(before)
+
+
+class TestSubmission:
+    def test_overrides_mean_the_same_elsewhere(self, job_file: Path) -> None:
+        """A path on the command line is relative to where that was given, not to Slurm's folder."""
+        overrides = ["input.path=in/ü\x7f.parquet", "model.quantization.method=nf4"]
+        overrides += ["output.path=out", "generation.stop=['a b', c]", "model.adapter=./lora"]
+        there = prepare_submission(Path("job.yaml"), overrides)
+        assert there.job_file == job_file
+        os.chdir("/")
+        assert all(override.isascii() for override in there.overrides)
+        assert load_job(there.job_file, there.overrides) == there.job
+        assert there.job.input.path == str(job_file.parent / "in" / "ü\x7f.parquet")
+
+    def test_the_cluster_block_stays_here(self, job_file: Path) -> None:
+        """What a scheduler was asked for is not told to the run."""
+        submission = prepare_submission(job_file, ["cluster.nodes=3", "cluster={nodes: 4}"])
+        assert submission.cluster.nodes == 4
+        assert submission.overrides == ()
+
+    def test_names(self, job_file: Path) -> None:
+        """The same for the same run folder, another for another, and fit for every scheduler."""
+        name = prepare_submission(job_file, ["input.limit=5"]).name
+        assert name == prepare_submission(job_file, []).name
+        assert name != prepare_submission(job_file, ["output.path=/x"]).name
+        long = prepare_submission(job_file, [f"name={'X_.' * 60}"]).name
+        jsonschema.validate(long, SCHEMAS["RayJob"]["properties"]["metadata"]["properties"]["name"])
+
+    def test_printing_sends_nothing(
+        self, job_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With --print no program is called at all."""
+        monkeypatch.setattr(subprocess, "run", None)
+        submission = prepare_submission(job_file, [])
+        for scheduler in SCHEDULERS.values():
+            assert submission.name in scheduler.render(submission)
+
+
+class TestPrograms:
+    def test_missing(self) -> None:
+        """A sentence with the program's name and a way out."""
+        with pytest.raises(ResourceError, match=r"'no-such-program'.*--print"):
+            programs.call(["no-such-program"])
+
+    def test_failing(self) -> None:
+        """The last line that it has said."""
+        command = ["sh", "-c", "echo first; echo 'invalid partition' >&2; exit 3"]
+        with pytest.raises(ResourceError, match=r"^'sh' failed: invalid partition$"):
+            programs.call(command)
+
+    def test_silent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One that never answers is given up."""
+        monkeypatch.setattr(programs, "LIMIT", 0.2)
+        with pytest.raises(ResourceError, match="has not answered"):
+            programs.call(["sleep", "30"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("walltime=soon", "'cluster.walltime' must be a duration"),
+        ("walltime=0s", "'cluster.walltime' must be a duration"),
+        ("schedule=nightly", "'cluster.schedule' must be five fields"),
+        ("schedule='0 2 * * *; rm'", "'cluster.schedule' must be five fields"),
+        ("memory=64", "'cluster.memory' must"),
+        ("env={'a b': c}", "'a b' is no environment variable"),
+        ("slurm={nodes: 3}", "cannot take nodes"),
+        ("slurm={partition: 'a b'}", "cannot take partition"),
+        ("slurm={Partition: a}", "'Partition' is no long name"),
+        ("node=2", "did you mean 'cluster.nodes'"),
+    ],
+)
+def test_wrong_settings(job_file: Path, setting: str, words: str) -> None:
+    """Each gets a sentence, before anything is rendered."""
+    with pytest.raises(JobFileError, match=words):
+        prepare_submission(job_file, [f"cluster.{setting}"])
+
+
+def test_the_wheel_has_the_templates(tmp_path: Path) -> None:
+    """Installed as a package, `submit` finds what it renders."""
+    project = tmp_path / "project"
+    for name in ("jobs", "pipeline"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, project / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    build = "import setuptools.build_meta as b; print(b.build_wheel('.'))"
+    subprocess.run([sys.executable, "-c", build], cwd=project, check=True, capture_output=True)
+    [wheel] = project.glob("*.whl")
+    listing = subprocess.run(
+        [sys.executable, "-m", "zipfile", "-l", wheel], capture_output=True, text=True, check=True
+    )
+    assert "jobs/schedulers/slurm.sh.j2" in listing.stdout
+    assert "jobs/schedulers/slurm.py" in listing.stdout
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_example_to_copy(name: str) -> None:
+    """configs/cluster/job.yaml is taken by every scheduler as it stands; cron wants a time too."""
+    schedule = ["cluster.schedule='0 2 * * *'"] if name == "cron" else []
+    example = ROOT / "configs" / "cluster" / "job.yaml"
+    submission = prepare_submission(example, schedule)
+    assert submission.name in SCHEDULERS[name].render(submission)

@@ -1,0 +1,118 @@
+"""Jobs that are really submitted and really run: through Slurm's programs, cron's line and Ray."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fake_cron import start_as_cron
+from tests.fake_slurm import FakeSlurm
+from tests.ray_head import RayHead
+from tests.small_jobs import Result, num_segments, shardmill, wait_until
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart" / "job.yaml"
+
+
+def submit(scheduler: str, output: Path, *options: object, **environment: str) -> Result:
+    """Submits rows of the quickstart."""
+    no_gpus = ("--set", "cluster.gpus_per_node=0")
+    arguments = ("--output", output, "--to", scheduler, *no_gpus, *options)
+    return shardmill("submit", QUICKSTART, *arguments, **environment)
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Iterator[FakeSlurm]:
+    """A Slurm of one node."""
+    queue = FakeSlurm(tmp_path / "slurm")
+    yield queue
+    queue.close()
+
+
+def test_slurm_queues_a_job_until_it_is_complete(queue: FakeSlurm, tmp_path: Path) -> None:
+    """Told that the wall time is nearly over, the job commits, ends with 75 and is queued again."""
+    output = tmp_path / "ou t"
+    result = submit("slurm", output, "--limit", 400, PATH=queue.path)
+    assert (result.code, result.stdout) == (0, "Submitted batch job 4711\n"), result.stderr
+
+    process = queue.start()
+    wait_until(lambda: num_segments(output) >= 1, process)
+    process.send_signal(signal.SIGUSR1)
+    log, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, log
+    assert "stop file" in log
+    assert queue.num_requeued == 1
+    assert not list(queue.folder.glob("*.stop"))
+
+    process = queue.start(SLURM_RESTART_COUNT="1")
+    log, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, log
+    assert "by runs before this one" in log
+    assert queue.num_requeued == 1
+    assert shardmill("verify", output).code == 0
+
+
+def test_a_crontab_line_runs_once_at_a_time(tmp_path: Path) -> None:
+    """As cron calls it: bare PATH, umask 077, no terminal; the second start finds the first."""
+    output = tmp_path / "ou t %"
+    schedule = ("--set", "cluster.schedule='* * * * *'")
+    result = submit("cron", output, "--limit", 40, "--print", *schedule)
+    assert result.code == 0, result.stderr
+    line = result.stdout.splitlines()[1]
+
+    first = start_as_cron(line, tmp_path)
+    deadline = time.monotonic() + 60
+    while not (output / ".shardmill" / "lock").exists():
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert start_as_cron(line, tmp_path).wait(60) == 75
+    assert first.wait(100) == 0
+    assert start_as_cron(line, tmp_path).wait(60) == 0, "a complete job stays complete"
+    assert shardmill("verify", output).code == 0
+
+    log = Path(f"{output}.log")
+    assert log.read_text().count("started by run_job.sh") == 3
+    assert "another run" in log.read_text()
+    assert (tmp_path / "mail").read_bytes() == b""
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.faults
+def test_a_ray_job_is_submitted_once(tmp_path: Path) -> None:
+    """Sent twice it runs once; stopped, the next submission continues it."""
+    output = tmp_path / "out"
+    with RayHead(num_cpus=2) as head:
+        address = ("--set", f"cluster.ray.address={head.dashboard}")
+        options: tuple[object, ...] = ("--limit", 400, *address)
+        first = submit("ray", output, *options, **head.environment)
+        assert first.code == 0, first.stderr
+        identity = first.stdout.split()[2].rstrip(";")
+        assert identity.endswith("-1")
+
+        again = submit("ray", output, *options, **head.environment)
+        assert again.code == 0, again.stderr
+        assert "nothing was sent" in again.stdout
+
+        head.wait_for(lambda: num_segments(output) >= 1)
+        head.stop(identity)
+        assert head.wait_for_end(identity)["status"] == "STOPPED"
+
+        second = submit("ray", output, *options, **head.environment)
+        identity = second.stdout.split()[2].rstrip(";")
+        assert identity.endswith("-2"), second.stderr
+        ended = head.wait_for_end(identity)
+        assert (ended["status"], ended["driver_exit_code"]) == ("SUCCEEDED", 0), ended["message"]
+    assert shardmill("verify", output).code == 0
+
+
+def test_no_cluster_is_a_sentence(tmp_path: Path) -> None:
+    """Neither sbatch nor a dashboard: exit code 69, and what to do."""
+    result = submit("slurm", tmp_path, PATH="/usr/bin:/bin")
+    assert result.code == 69
+    assert result.stderr.startswith("shardmill: cannot start 'sbatch'")
+    assert result.stderr.count("\n") == 1
