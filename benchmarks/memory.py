@@ -12,69 +12,18 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest.mock import patch
 
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
-import yaml
 
-import jobs.crew
+from benchmarks.pretended import Pretence, pretending, write_job
+from benchmarks.workloads import Lengths
 from jobs.config import load_job
 from jobs.progress import Snapshot
 from jobs.run import RunOptions, run_job
-from jobs.worker import Worker
-from pipeline.outcome import WorkerInfo
-from pipeline.records import Completion, FinishReason, Request
 
-MODEL = Path(__file__).resolve().parents[1] / "configs" / "quickstart" / "model"
-PROCESSES = ("driver", "ray::EchoWorker", "raylet", "gcs_server")
-
-
-class Echo:
-    """An engine that answers each request with a few words of its own."""
-
-    num_running = 0
-
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
-        self._waiting: list[Request] = []
-        self.num_prompt_tokens = 0
-        self.num_generated_tokens = 0
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests not answered."""
-        return len(self._waiting)
-
-    def add(self, requests: Sequence[Request]) -> None:
-        """Queues requests."""
-        self._waiting.extend(requests)
-
-    def step(self) -> list[Completion]:
-        """Answers one batch."""
-        batch, self._waiting = self._waiting[: self._batch_size], self._waiting[self._batch_size :]
-        self.num_prompt_tokens += sum(len(request.prompt_ids) for request in batch)
-        self.num_generated_tokens += 8 * len(batch)
-        return [_answer(request) for request in batch]
-
-
-def _answer(request: Request) -> Completion:
-    text = f"The answer to {request.id} is yes."
-    return Completion(request.id, text, FinishReason.STOP, None, len(request.prompt_ids), 8)
-
-
-class EchoWorker(Worker):
-    """A worker whose engine is `Echo`."""
-
-    def load(self) -> WorkerInfo:
-        """Loads the model, for its tokenizer, and leaves it unused."""
-        build = "pipeline.engine.build_engine"
-        with patch(build, lambda model, settings: Echo(settings.batch_size)):
-            return super().load()
+PROCESSES = ("driver", "ray::PretendingWorker", "raylet", "gcs_server")
 
 
 @dataclass
@@ -124,31 +73,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=200_000)
     options = parser.parse_args()
-    with (
-        tempfile.TemporaryDirectory(prefix="shardmill-") as scratch,
-        patch.object(jobs.crew, "Worker", EchoWorker),
-    ):
+    with tempfile.TemporaryDirectory(prefix="shardmill-") as scratch, pretending():
         started = time.monotonic()
-        job = load_job(_write_job(Path(scratch), options.rows))
+        pretence = Pretence((0.0, 0.0), Lengths(median=8, sigma=0.0, most=8))
+        job = load_job(write_job(Path(scratch), pretence, options.rows, num_slots=128))
         summary = run_job(job, RunOptions(), Samples())
         seconds = time.monotonic() - started
         print(f"{summary.totals.num_completions:,} rows in {seconds:.0f} s")
-
-
-def _write_job(scratch: Path, num_rows: int) -> Path:
-    table = pa.table({"question": [f"What is {n} + {n % 97}?" for n in range(num_rows)]})
-    pq.write_table(table, scratch / "in.parquet", row_group_size=10_000)
-    job = {
-        "name": "memory",
-        "input": {"path": "in.parquet"},
-        "prompt": {"template": "{{ question }}", "chat_template": True},
-        "model": {"path": str(MODEL)},
-        "generation": {"max_new_tokens": 8},
-        "output": {"path": "out"},
-        "workers": {"count": 2},
-    }
-    (scratch / "job.yaml").write_text(yaml.safe_dump(job), encoding="utf-8")
-    return scratch / "job.yaml"
 
 
 if __name__ == "__main__":

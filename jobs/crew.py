@@ -27,7 +27,7 @@ from jobs.member import Member
 from jobs.progress import WorkerMetrics
 from jobs.worker import OTHER_CALLS, Worker, WorkerSpec
 from pipeline.errors import ResourceError, ShardmillError
-from pipeline.outcome import ShardOutcome, WorkerInfo
+from pipeline.outcome import Released, ShardOutcome, WorkerInfo
 from pipeline.records import RowRange, Shard
 from pipeline.segments import Totals
 
@@ -59,6 +59,7 @@ POLL_INTERVAL = 1.0
 class ShardDone:
     """A worker has answered for a shard."""
 
+    worker: int
     shard: Shard
     outcome: ShardOutcome
 
@@ -80,7 +81,15 @@ class WorkerLost:
     cause: str
 
 
-Event = ShardDone | WorkerReady | WorkerLost
+@dataclass(frozen=True, slots=True)
+class RowsReleased:
+    """A worker has given up rows of a shard, for one that has none."""
+
+    worker: int
+    released: Released
+
+
+Event = ShardDone | WorkerReady | WorkerLost | RowsReleased
 
 
 class Crew:
@@ -112,8 +121,8 @@ class Crew:
 
     @property
     def num_in_flight(self) -> int:
-        """Shards that workers hold."""
-        return sum(len(member.shards()) for member in self._members)
+        """Shards that workers hold, and calls by which they may release some."""
+        return sum(len(m.shards()) + m.is_asked("release") for m in self._members)
 
     @property
     def interim(self) -> Totals:
@@ -157,6 +166,19 @@ class Crew:
         if not member.shards():
             member.moved_at = time.monotonic()
         self._ask(member, "run", shard, rows)
+
+    def holds(self, shard: int) -> bool:
+        """Whether a worker has rows of this shard."""
+        return any(held.index == shard for member in self._members for held in member.shards())
+
+    def share_out(self) -> None:
+        """Where a worker has nothing, asks the one with most rows unstarted to release some."""
+        ready = [member for member in self._members if member.is_ready and not member.is_alone]
+        if all(member.shards() for member in ready) or any(m.is_asked("release") for m in ready):
+            return
+        fullest = max(ready, key=lambda member: member.progress.num_unstarted)
+        if fullest.progress.num_unstarted:
+            self._ask(fullest, "release")
 
     def start(self) -> None:
         """Starts an actor in every empty place whose time has come.
@@ -297,11 +319,14 @@ class Crew:
             if answer != member.progress:
                 member.moved_at = time.monotonic()
             member.progress = answer
+        elif method == "release":
+            if answer is not None:
+                return [RowsReleased(member.index, answer)]
         elif shard is not None:
             member.moved_at = time.monotonic()
             member.is_alone = False
             member.num_losses = 0
-            return [ShardDone(shard, answer)]
+            return [ShardDone(member.index, shard, answer)]
         return []
 
     def _check_room(self) -> None:

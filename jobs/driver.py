@@ -11,7 +11,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from jobs.crew import Crew, Event, ShardDone, WorkerLost, WorkerReady
+from jobs.crew import Crew, Event, RowsReleased, ShardDone, WorkerLost, WorkerReady
 from jobs.losses import Losses
 from jobs.progress import Rate, Reporter, Snapshot
 from jobs.recorder import Recorder
@@ -96,6 +96,7 @@ class Driver:
             for event in self.crew.wait(WAIT):
                 self._handle(event)
             self._look_for_success()
+            self._look_for_orphans()
             self._report()
         self.crew.refresh()
         self._report()
@@ -118,6 +119,7 @@ class Driver:
             shard = self._again.popleft() if self._again else next(self._shards, None)
             if shard is None:
                 self._is_handed_out = True
+                self.crew.share_out()
                 return
             self.crew.hand(worker, shard)
 
@@ -132,7 +134,7 @@ class Driver:
             worker, num_held = self.crew.least_busy(suspect.worker) or (None, 0)
             if worker is None or num_held:
                 return worker
-            self._suspects.run(suspect)
+            self._suspects.run(suspect, worker)
             self.crew.hand(worker, suspect.shard, suspect.rows)
         return None
 
@@ -161,6 +163,11 @@ class Driver:
         # What a lost worker had committed is not counted until its loss is looked at.
         self._num_generated = max(num_generated, self._num_generated)
 
+    def _look_for_orphans(self) -> None:
+        """Begins anew with rows that nobody has: their worker died as it released them."""
+        if not self._is_other_left and not self._suspects and self.recorder.num_shards_left:
+            self._shards, self._is_handed_out = self.recorder.shards_left(), False
+
     def _committed(self) -> Totals:
         return self.recorder.totals + self.crew.interim
 
@@ -180,16 +187,19 @@ class Driver:
             self._introduce(event)
         elif isinstance(event, WorkerLost):
             self._replace(event)
+        elif isinstance(event, RowsReleased):
+            self._again.append(self.recorder.piece(event.released))
         else:
             self._account(event)
-            self._settle(event.shard, event.outcome.is_complete)
+            self._settle(event)
 
-    def _settle(self, shard: Shard, is_complete: bool) -> None:
+    def _settle(self, event: ShardDone) -> None:
         """Closes what was handed out, or has it run again."""
-        suspect = self._suspects.answered(shard, is_complete=is_complete)
+        is_complete = event.outcome.is_complete
+        suspect = self._suspects.answered(event.worker, is_complete=is_complete)
         if suspect is None and not is_complete:
-            # Another attempt, of a run that died, has committed: look again what is missing.
-            self._again.append(shard)
+            # Another attempt has committed some of it: look again what is missing.
+            self._again.append(event.shard)
         elif suspect is not None and suspect.rows.error is not None and is_complete:
             logger.warning("row %s became an error row: %s", suspect.row_id, suspect.rows.error)
             self._losses.forget()  # they have their explanation
@@ -204,7 +214,8 @@ class Driver:
             logger.warning("worker %d: %s", event.worker, note)
 
     def _account(self, event: ShardDone) -> None:
-        self.recorder.record(event.outcome)
+        is_last = not self.crew.holds(event.shard.index)
+        self.recorder.record(event.outcome, is_last=is_last)
 
     def _replace(self, event: WorkerLost) -> None:
         """Has the lost shards run again, alone; the crew fills the empty place by itself."""
@@ -212,7 +223,8 @@ class Driver:
             "worker %d was lost (%s) with %s",
             event.worker,
             event.cause,
-            " and ".join(map(self._suspects.describe, event.shards)) or "no rows",
+            " and ".join(self._suspects.describe(event.worker, each) for each in event.shards)
+            or "no rows",
         )
         for shard in event.shards:
             missing = self.recorder.missing_rows(shard)

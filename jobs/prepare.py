@@ -56,7 +56,7 @@ class PreparedJob:
     def resolved(self) -> dict[str, JsonValue]:
         """The job file with every default filled in, the model's own included."""
         values: dict[str, Any] = self.job.model_dump(mode="json")
-        values["model"]["revision"] = self.checkpoint.revision
+        values["model"] = self.checkpoint.pinned(self.job.model).model_dump(mode="json")
         values["input"]["revision"] = self.inputs.revision
         values["generation"] |= {
             name: getattr(self.sampling, name)

@@ -19,6 +19,7 @@ from pipeline.folder import RunFolder
 from pipeline.footprint import estimate_footprint
 from pipeline.host_memory import host_memory
 from pipeline.model import load_tokenizer
+from pipeline.placement import check_offload
 from pipeline.prompts import PromptRenderer
 
 
@@ -110,7 +111,8 @@ def check_can_run(job: JobConfig) -> None:
     """
     output = Path(job.output.path)
     check_output(output)
-    shape_workers(job.workers, Resources(num_cores(), (torch.cuda.device_count(),)), num_shards=1)
+    here = Resources(num_cores(), (torch.cuda.device_count(),))
+    check_offload(job.model, shape_workers(job.workers, here, num_shards=1).num_gpus)
     if RunFolder(output).manifest.exists():
         ledger = Ledger.open(output)
         with prepared_for_now(job) as prepared:

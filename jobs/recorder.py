@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 
 from jobs.ledger import Ledger
 from jobs.parts import PartInfo
-from pipeline.outcome import ShardOutcome
+from pipeline.outcome import Released, ShardOutcome
 from pipeline.records import Shard
 from pipeline.segments import SegmentInfo, Totals, committed_infos, missing_positions
 
@@ -59,14 +60,21 @@ class Recorder:
         """The shards that lack rows, in order; skips those completed meanwhile."""
         return (self._ledger.manifest.shard(index) for index in self._state.pending())
 
-    def record(self, outcome: ShardOutcome) -> None:
+    def piece(self, released: Released) -> Shard:
+        """The shard, with what a worker has released as all that is to be generated of it."""
+        return replace(self._ledger.manifest.shard(released.shard), chosen=released.positions)
+
+    def record(self, outcome: ShardOutcome, *, is_last: bool = True) -> None:
         """Takes note of one attempt's commits.
+
+        Args:
+            is_last: no other worker has rows of this shard, and none will tell of them.
 
         Raises:
             ShardmillError: an earlier roll-up has failed.
         """
         self._state.add(outcome.commits)
-        if outcome.is_complete and not self._state.is_complete(outcome.shard):
+        if is_last and outcome.is_complete and not self._state.is_complete(outcome.shard):
             # Completed by commits that no answer told of: their worker was lost right after.
             self._state.add(self._committed(outcome.shard))
         self._roll_up_ready_parts()

@@ -287,8 +287,7 @@ class Run:
         prepared, job = self.prepared, self.prepared.job
         return WorkerSpec(
             prompt=job.prompt,
-            # The commit and not the branch, so that all workers load the same files.
-            model=job.model.model_copy(update={"revision": prepared.checkpoint.revision}),
+            model=prepared.checkpoint.pinned(job.model),
             model_digests=prepared.checkpoint.digests,
             engine=job.engine,
             sampling=prepared.sampling,

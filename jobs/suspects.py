@@ -51,7 +51,7 @@ class Suspects:
 
     def __init__(self) -> None:
         self._waiting: deque[Suspect] = deque()
-        self._running: dict[int, Suspect] = {}  # by shard
+        self._running: dict[int, Suspect] = {}  # by worker
         self._held: list[Suspect] = []
 
     def __bool__(self) -> bool:
@@ -75,34 +75,35 @@ class Suspects:
 
     def next(self) -> Suspect | None:
         """Who runs next; never two of one shard at a time, as their commits would collide."""
-        free = (each for each in self._waiting if each.shard.index not in self._running)
+        running = {each.shard.index for each in self._running.values()}
+        free = (each for each in self._waiting if each.shard.index not in running)
         return next(free, None)
 
-    def run(self, suspect: Suspect) -> None:
-        """Takes note that a worker has it."""
+    def run(self, suspect: Suspect, worker: int) -> None:
+        """Takes note that a worker has it, and nothing else."""
         self._waiting.remove(suspect)
-        self._running[suspect.shard.index] = suspect
+        self._running[worker] = suspect
 
-    def describe(self, shard: Shard) -> str:
+    def describe(self, worker: int, shard: Shard) -> str:
         """The rows of this shard that a worker holds, for people."""
-        suspect = self._running.get(shard.index)
+        suspect = self._running.get(worker)
         rows = suspect.rows if suspect else RowRange(0, shard.num_rows)
         if rows.end == rows.first + 1:
             return f"row {shard.row_id(rows.first)}"
         return f"rows {shard.row_id(rows.first)} to {shard.first_row + rows.end - 1}"
 
-    def answered(self, shard: Shard, *, is_complete: bool) -> Suspect | None:
-        """Clears the suspect of this shard whose worker has lived; None if there is none.
+    def answered(self, worker: int, *, is_complete: bool) -> Suspect | None:
+        """Clears the suspect of a worker that has lived; None if it had none.
 
         It runs again if it is not complete, because another attempt has committed.
         """
-        suspect = self._running.pop(shard.index, None)
+        suspect = self._running.pop(worker, None)
         if suspect is not None and not is_complete:
             self._waiting.appendleft(suspect)
         return suspect
 
     def lost(self, shard: Shard, missing: Sequence[int], worker: int, cause: str) -> None:
-        """Takes note that a worker was lost which held this shard, or a suspect of it.
+        """Takes note that a worker was lost which held this shard, or its suspect.
 
         Args:
             missing: the rows that the shard lacks, rising.
@@ -111,7 +112,7 @@ class Suspects:
         Raises:
             WorkerError: workers are lost even when they only write a row's error.
         """
-        suspect = self._running.pop(shard.index, None)
+        suspect = self._running.pop(worker, None)
         if suspect is None:
             # Others ran beside it: only now is it looked at by itself.
             if missing:

@@ -11,7 +11,6 @@ from pipeline.adapter_choice import AdapterChoice
 from pipeline.engine import build_engine
 from pipeline.errors import RowError
 from pipeline.model import Model, load_model
-from pipeline.placement import Demand
 from pipeline.prompts import PromptRenderer
 from pipeline.reader import ShardReader, plain_rows
 from pipeline.records import Completion, FinishReason, Request, RequestId, Shard
@@ -55,8 +54,7 @@ class _Trial:
     def __init__(self, prepared: PreparedJob, show: Callable[[str], None]) -> None:
         self._prepared = prepared
         self._show = show
-        demand = Demand(prepared.sampling.max_new_tokens + 1, num_workers=1)
-        self._model = load_model(prepared.checkpoint, prepared.job.model, demand=demand)
+        self._model = load_model(prepared.checkpoint, prepared.job.model)
         self._renderer = PromptRenderer(
             prepared.job.prompt,
             self._model.tokenizer,

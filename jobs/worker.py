@@ -26,7 +26,7 @@ from pipeline.errors import ModelError
 from pipeline.folder import RunFolder
 from pipeline.hub import go_offline
 from pipeline.memory_limit import KeptMemoryLimit
-from pipeline.outcome import MemoryPeak, Progress, ShardOutcome, WorkerInfo
+from pipeline.outcome import MemoryPeak, Progress, Released, ShardOutcome, WorkerInfo
 from pipeline.reader import ShardReader
 from pipeline.records import RowRange, Sampling, Shard
 from pipeline.settings import EngineSettings, ModelSettings, PromptSettings
@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 SHARDS_IN_FLIGHT = 2
 """Fewest shards a worker holds: one that runs, and one that fills the places it leaves."""
 
-OTHER_CALLS = 2
-"""Threads of the actor beside one for each shard: for `progress` and `drain`."""
+OTHER_CALLS = 3
+"""Threads of the actor beside one for each shard: for `progress`, `release` and `drain`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class Worker:
         # must not load it at all.
         from pipeline.engine import build_engine
         from pipeline.model import load_model
-        from pipeline.placement import Demand, peak_memory
+        from pipeline.placement import peak_memory
         from pipeline.prompts import PromptRenderer
         from pipeline.self_check import self_check
         from pipeline.shard_runner import ShardRunner
@@ -140,7 +140,7 @@ class Worker:
             checkpoint,
             spec.model,
             num_threads=spec.num_threads,
-            demand=Demand(spec.sampling.max_new_tokens + 1, spec.num_per_node),
+            num_workers=spec.num_per_node,
         )
         renderer = PromptRenderer(
             spec.prompt,
@@ -186,6 +186,10 @@ class Worker:
     def progress(self) -> Progress:
         """The counts so far."""
         return replace(self._ready().progress(), peak=self._peak())
+
+    def release(self) -> Released | None:
+        """Gives up rows that have not been started, so that a worker without any gets them."""
+        return self._ready().release()
 
     def drain(self) -> None:
         """Ends every `run` after it has committed what is finished."""

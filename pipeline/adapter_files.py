@@ -26,7 +26,7 @@ class AdapterFiles:
 
     Attributes:
         name: as rows choose it; empty if it is for all rows.
-        source: what the job file says.
+        source: what the job file says; a hub id with the commit that it is of now.
         base: the model that it says it was trained on; perhaps nothing.
         digest: of all that decides the answers.
         num_bytes: of the weights.
@@ -54,17 +54,18 @@ def fetch_adapters(settings: ModelSettings, local_files_only: bool) -> tuple[Ada
 
 
 def _fetch(name: str, path: str, settings: ModelSettings, local_files_only: bool) -> AdapterFiles:
-    folder = Path(path).expanduser()
+    folder, source = Path(path).expanduser(), path
     if not folder.is_dir():
         folder = download_adapter(
             path, allow_pickle=settings.allow_pickle, local_files_only=local_files_only
         )
+        source = f"{path.partition('@')[0]}@{folder.name}"
     config = read_json(folder / CONFIG)
     _check_config(path, config)
     weights = _checked_weights(path, folder, config, settings.allow_pickle)
     return AdapterFiles(
         name=name,
-        source=path,
+        source=source,
         folder=folder,
         base=str(config.get("base_model_name_or_path") or ""),
         digest=digest(folder, [folder / CONFIG], [weights]),

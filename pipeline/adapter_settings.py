@@ -13,7 +13,9 @@ from pipeline.block import WordOrBlock
 class AdapterSettings(WordOrBlock, word="path"):
     """LoRA on top of the model: `path` for all rows, or `column` and `paths` for each its own."""
 
-    path: str | None = Field(default=None, description="Folder or hub id of the adapter.")
+    path: str | None = Field(
+        default=None, description="Folder or hub id of the adapter; a hub id may end in @revision."
+    )
     merge: bool = Field(
         default=False,
         description="Add the adapter to the weights: as fast as without, but a quantized model is "

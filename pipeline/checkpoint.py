@@ -81,6 +81,16 @@ class Checkpoint:
         """Of the model and of each adapter."""
         return (self.digest, *(adapter.digest for adapter in self.adapters))
 
+    def pinned(self, settings: ModelSettings) -> ModelSettings:
+        """The settings with commits instead of branches: wherever used, they mean these files."""
+        changes: dict[str, object] = {"revision": self.revision}
+        if settings.adapter is not None:
+            sources = {adapter.name: adapter.source for adapter in self.adapters}
+            is_one = settings.adapter.path is not None
+            pinned = {"path": sources[""]} if is_one else {"paths": sources}
+            changes["adapter"] = settings.adapter.model_copy(update=pinned)
+        return settings.model_copy(update=changes)
+
 
 def fetch(settings: ModelSettings, local_files_only: bool = False) -> Checkpoint:
     """Finds or downloads a model and checks it.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 import torch
@@ -24,7 +25,7 @@ from pipeline.memory_limit import MemoryLimit
 from pipeline.metrics import EngineMetrics
 from pipeline.model import Model
 from pipeline.prefill import Part, Prefilled, Prefiller
-from pipeline.records import Completion, Request
+from pipeline.records import Completion, Request, RequestId
 from pipeline.room import Room, default_cache_bytes, is_out_of_memory
 from pipeline.sampling import BROKEN
 from pipeline.stepping import Stepping, stepping_for
@@ -95,6 +96,19 @@ class ContinuousEngine:
                 self._finished.append(failed(request, error))
             elif (row := self._intake.row_for(request)) is not None:
                 self._waiting.add(row)
+
+    def unstarted(self) -> list[RequestId]:
+        """Requests that have no token yet."""
+        return self._waiting.unstarted()
+
+    def withdraw(self, ids: AbstractSet[RequestId]) -> list[RequestId]:
+        """Forgets those of these requests that have no token yet, and tells which they were."""
+        rows = self._waiting.withdraw(ids)
+        for row in rows:
+            self._intake.forget(row)
+        withdrawn = [request.id for row in rows for request in row.requests]
+        self._num_open -= len(withdrawn)
+        return withdrawn
 
     def step(self) -> list[Completion]:
         """Admits what can be admitted, and gives each live row a token.

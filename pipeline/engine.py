@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 from pipeline.cache_support import unsupported
@@ -16,7 +17,7 @@ from pipeline.errors import ModelError
 from pipeline.memory_limit import MemoryLimit
 from pipeline.metrics import EngineMetrics
 from pipeline.model import Model
-from pipeline.records import Completion, Request
+from pipeline.records import Completion, Request, RequestId
 from pipeline.self_check import Batches, SelfCheck
 from pipeline.settings import EngineSettings
 from pipeline.static_engine import StaticEngine
@@ -46,6 +47,15 @@ class Engine(Protocol):
 
     def add(self, requests: Sequence[Request]) -> None:
         """Queues requests, in any order and at any time."""
+
+    def unstarted(self) -> list[RequestId]:
+        """Requests that have no token yet."""
+
+    def withdraw(self, ids: AbstractSet[RequestId]) -> list[RequestId]:
+        """Forgets those of these requests that have no token yet, and tells which they were.
+
+        Some may stay: those that share their row with others.
+        """
 
     def step(self) -> list[Completion]:
         """Goes on with the work; returns what has finished since the last call, perhaps nothing."""

@@ -7,7 +7,9 @@ An `Engine` belongs to one thread. This is that thread: others hand requests in 
 from __future__ import annotations
 
 import threading
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 
 from pipeline.engine import Engine
 from pipeline.records import Completion, Request, RequestId
@@ -18,11 +20,14 @@ class Collector:
 
     Args:
         num_expected: completions after which the collection is whole.
+
+    Attributes:
+        num_expected: the same, less what will not come.
     """
 
     def __init__(self, num_expected: int) -> None:
         self._changed = threading.Condition()
-        self._num_missing = num_expected
+        self.num_expected = self._num_missing = num_expected
         self._completions: list[Completion] = []
         self._failure: BaseException | None = None
         self._is_closed = False
@@ -33,6 +38,13 @@ class Collector:
             before = len(self._completions)
             self._completions.extend(completions)
             self._num_missing -= len(self._completions) - before
+            self._changed.notify_all()
+
+    def expect_fewer(self, count: int) -> None:
+        """Does without so many completions: others will have them made."""
+        with self._changed:
+            self.num_expected -= count
+            self._num_missing -= count
             self._changed.notify_all()
 
     def fail(self, failure: BaseException) -> None:
@@ -76,6 +88,7 @@ class EngineThread:
         self.engine = engine
         self._changed = threading.Condition()
         self._inbox: list[Sequence[Request]] = []
+        self._wishes: deque[Future[list[RequestId]]] = deque()
         # By request and not by shard: what a dropped attempt has still in the engine must not
         # reach the next attempt at the same shard, which may ask for other rows.
         self._collectors: dict[RequestId, Collector] = {}
@@ -102,6 +115,22 @@ class EngineThread:
                 if self._collectors.get(request.id) is collector:
                     del self._collectors[request.id]
 
+    def release(self) -> list[RequestId]:
+        """Gives up half of the requests that have no token yet, of the shard that has most.
+
+        Blocks until the step is done. Their collectors expect them no more; what is given up lies
+        at the shard's end. Empty when all have been started, and after `stop`.
+        """
+        wish: Future[list[RequestId]] = Future()
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+            if self._is_stopped:
+                return []
+            self._wishes.append(wish)
+            self._changed.notify_all()
+        return wish.result()
+
     def stop(self) -> None:
         """Ends the thread after the step it is in, and every wait at once."""
         with self._changed:
@@ -119,17 +148,41 @@ class EngineThread:
                 self._failure = failure
                 for collector in set(self._collectors.values()):
                     collector.fail(failure)
+        finally:
+            with self._changed:
+                self._is_stopped = True
+                for wish in self._wishes:
+                    wish.set_result([])
 
     def _admit(self) -> bool:
         """Waits until there is work and hands the engine what is new; False when stopped."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_stopped or self._inbox or self._is_busy())
+            self._changed.wait_for(
+                lambda: self._is_stopped or self._inbox or self._wishes or self._is_busy()
+            )
             if self._is_stopped:
                 return False
             arrived, self._inbox = self._inbox, []
         for requests in arrived:
             self.engine.add(requests)
+        while self._wishes:
+            self._wishes[0].set_result(self._give_up())
+            self._wishes.popleft()
         return True
+
+    def _give_up(self) -> list[RequestId]:
+        unstarted = self.engine.unstarted()
+        if not unstarted:
+            return []
+        [(shard, count)] = Counter(identity.shard for identity in unstarted).most_common(1)
+        of_shard = sorted(identity for identity in unstarted if identity.shard == shard)
+        given_up = self.engine.withdraw(set(of_shard[count // 2 :]))
+        with self._changed:
+            for identity in given_up:
+                collector = self._collectors.pop(identity, None)
+                if collector is not None:
+                    collector.expect_fewer(1)
+        return sorted(given_up)
 
     def _is_busy(self) -> bool:
         return self.engine.num_waiting + self.engine.num_running > 0

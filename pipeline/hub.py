@@ -40,9 +40,14 @@ def download(settings: ModelSettings, *, allow_pickle: bool, local_files_only: b
 
 
 def download_adapter(path: str, *, allow_pickle: bool, local_files_only: bool) -> Path:
-    """The folder of a hub adapter, likewise."""
+    """The folder of a hub adapter, likewise.
+
+    Args:
+        path: hub id, perhaps with `@` and a branch, tag or commit.
+    """
     patterns = [*ADAPTER_PATTERNS, *(ADAPTER_PICKLE_PATTERNS if allow_pickle else ())]
-    return _snapshot("model.adapter", path, None, patterns, local_files_only)
+    hub_id, _, revision = path.partition("@")
+    return _snapshot("model.adapter", hub_id, revision or None, patterns, local_files_only)
 
 
 @contextmanager
@@ -107,7 +112,7 @@ def _sentence(
     if isinstance(error, errors.HFValidationError) or _looks_like_path(path):
         return f"{name} is neither a folder on this machine nor a hub id such as 'org/name'."
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"model.revision {revision!r} is no branch, tag or commit of {name}."
+        return f"{revision!r} is no branch, tag or commit of {name}."
     if isinstance(error, errors.GatedRepoError):
         return (
             f"{name} is gated: accept its terms on its hub page, and log in with `hf auth login` "

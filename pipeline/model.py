@@ -31,8 +31,6 @@ from pipeline.errors import ModelError, ResourceError, ShardmillError, describe
 from pipeline.host_memory import readable
 from pipeline.outcome import MemoryPeak
 from pipeline.placement import (
-    ONE_TOKEN,
-    Demand,
     check_memory,
     devices_of,
     is_spilled,
@@ -163,7 +161,7 @@ def load_model(
     checkpoint: Checkpoint,
     settings: ModelSettings,
     num_threads: int | None = None,
-    demand: Demand = ONE_TOKEN,
+    num_workers: int = 1,
 ) -> Model:
     """Loads a checkpoint onto the GPUs this process sees, or the CPU if it sees none.
 
@@ -171,7 +169,7 @@ def load_model(
         checkpoint: from `fetch`.
         settings: those the checkpoint was fetched with.
         num_threads: of torch on the CPU; None leaves torch's choice.
-        demand: what else must have room.
+        num_workers: that load it on this machine.
 
     Raises:
         ModelError: the files do not make a causal language model as the settings ask.
@@ -185,8 +183,8 @@ def load_model(
     with _loading(checkpoint, settings):
         config = _load_config(checkpoint, settings)
         _check_causal(checkpoint, config)
-        check_memory(checkpoint, settings, demand)
-        model = _load_weights(checkpoint, settings, config, demand)
+        check_memory(checkpoint, settings, num_workers)
+        model = _load_weights(checkpoint, settings, config, num_workers)
     model, chooser = with_adapters(model, checkpoint, settings)
     tokenizer = load_tokenizer(checkpoint, settings)
     with _loading(checkpoint, settings):
@@ -260,7 +258,7 @@ def _check_causal(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
 
 
 def _load_weights(
-    checkpoint: Checkpoint, settings: ModelSettings, config: PretrainedConfig, demand: Demand
+    checkpoint: Checkpoint, settings: ModelSettings, config: PretrainedConfig, num_workers: int
 ) -> PreTrainedModel:
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.folder,
@@ -270,7 +268,7 @@ def _load_weights(
         quantization_config=quantization_config(checkpoint, settings, config),
         gguf_file=settings.gguf_file,
         output_loading_info=True,
-        **placement_options(settings, demand),
+        **placement_options(settings, num_workers),
         **_source_options(settings),
     )
     model, info = loaded

@@ -18,12 +18,24 @@ class ShardOutcome:
 
     Attributes:
         commits: the segments this attempt published.
-        is_complete: no row that was asked for is missing any more.
+        is_complete: no row that was asked for, and not released, is missing any more.
     """
 
     shard: int
     commits: tuple[SegmentInfo, ...]
     is_complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """What a worker has given up, for another one to do.
+
+    Attributes:
+        positions: of the shard, as rising (first, end) pairs.
+    """
+
+    shard: int
+    positions: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +59,14 @@ class Progress:
         metrics: of its engine.
         interim: what it has committed of shards that it has not answered for yet.
         peak: of its memory; that it grows is no sign that the worker gets on.
+        num_unstarted: completions that it could release; nor are these.
     """
 
     metrics: EngineMetrics = field(default_factory=EngineMetrics)
     num_commits: int = 0
     interim: Totals = field(default_factory=Totals)
     peak: MemoryPeak = field(default_factory=MemoryPeak, compare=False)
+    num_unstarted: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

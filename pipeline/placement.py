@@ -38,23 +38,6 @@ class Gpu:
     free: int
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What else decides whether a model fits.
-
-    Attributes:
-        row_tokens: prompt and completion of a row; one at least must have room.
-        num_workers: workers on this machine.
-    """
-
-    row_tokens: int
-    num_workers: int
-
-
-ONE_TOKEN = Demand(row_tokens=1, num_workers=1)
-"""Next to nothing."""
-
-
 def visible_gpus() -> list[Gpu]:
     """Those of this process, in torch's order."""
     if not torch.cuda.is_available():
@@ -68,53 +51,65 @@ def visible_gpus() -> list[Gpu]:
     ]
 
 
-def check_memory(checkpoint: Checkpoint, settings: ModelSettings, demand: Demand) -> None:
-    """Refuses a model that clearly does not fit into the memory that this process may use.
+def check_memory(checkpoint: Checkpoint, settings: ModelSettings, num_workers: int) -> None:
+    """Refuses a model whose weights clearly do not fit into the memory that there is.
+
+    How much the keys and values of a row take depends on how long it gets, so they refuse none.
+
+    Args:
+        num_workers: on this machine.
 
     Raises:
         ResourceError: with what it needs and what there is; or there is no GPU to offload from.
     """
     gpus = visible_gpus()
-    if settings.offload == "cpu" and not gpus:
-        raise ResourceError(
-            "model.offload is cpu, which is for weights that a GPU has no room for, but this "
-            "worker has no GPU: leave model.offload out, or give it one by workers.gpus_per_worker."
-        )
+    check_offload(settings, len(gpus))
     need = estimate_footprint(checkpoint, settings, has_gpu=bool(gpus))
-    problem = shortage(need, demand, settings.offload, gpus, host_memory())
+    problem = shortage(need, num_workers, settings.offload, gpus, host_memory())
     if problem:
         raise ResourceError(f"model {checkpoint.source!r} {problem}.")
 
 
+def check_offload(settings: ModelSettings, num_gpus: int) -> None:
+    """Refuses to offload from GPUs that a worker does not have.
+
+    Raises:
+        ResourceError: with what to do instead.
+    """
+    if settings.offload == "cpu" and not num_gpus:
+        raise ResourceError(
+            "model.offload is cpu, which is for weights that a GPU has no room for, but this "
+            "worker has no GPU: leave model.offload out, or give it one by workers.gpus_per_worker."
+        )
+
+
 def shortage(
-    need: Footprint, demand: Demand, offload: str, gpus: Sequence[Gpu], host: HostMemory
+    need: Footprint, num_workers: int, offload: str, gpus: Sequence[Gpu], host: HostMemory
 ) -> str | None:
     """Why a model cannot fit, as a clause; None if it may.
 
     Args:
+        num_workers: on this machine, each with as many GPUs.
         offload: `model.offload`; with disk, everything fits.
     """
-    row = need.cache_per_token * demand.row_tokens
-    num_bytes = need.weights + row
-    takes_host = offload == "cpu" or not gpus
-    num_free = sum(gpu.free for gpu in gpus) + takes_host * host.available
     if offload == "disk":
         return None
-    if num_bytes * CERTAIN_SHARE > num_free:
+    takes_host = offload == "cpu" or not gpus
+    on_gpus = sum(gpu.free for gpu in gpus)
+    if need.weights * CERTAIN_SHARE > on_gpus + takes_host * host.available:
         there = [f"GPU {gpu.name} has {readable(gpu.free)} free" for gpu in gpus]
         there += [f"this machine has {readable(host.available)} free"] * takes_host
         return (
-            f"needs about {readable(need.weights)} for its weights and {readable(row)} for the "
-            f"keys and values of one row, but {' and '.join(there)}: "
-            f"{_advice(gpus, offload, num_bytes)}"
+            f"needs about {readable(need.weights)} for its weights, but {' and '.join(there)}: "
+            f"{_advice(gpus, offload, need.weights)}"
         )
     # The workers load at the same time, so what is free now does not tell what is free for each.
-    num_copies = 1 if need.is_mapped else demand.num_workers
-    together = num_copies * need.weights + demand.num_workers * row
-    if not gpus and together * CERTAIN_SHARE > host.total:
+    num_copies = 1 if need.is_mapped and not gpus else num_workers
+    together = num_copies * max(0, int(need.weights * CERTAIN_SHARE) - on_gpus)
+    if takes_host and together > host.total:
         return (
-            f"needs about {readable(together)} in {demand.num_workers} workers, but this machine "
-            f"has {readable(host.total)}: lower workers.count, or set model.quantization"
+            f"needs about {readable(together)} of this machine's memory in {num_workers} workers, "
+            f"but it has {readable(host.total)}: lower workers.count, or set model.quantization"
         )
     return None
 
@@ -145,7 +140,7 @@ def _advice(gpus: Sequence[Gpu], offload: str, num_bytes: int = 0) -> str:
     )
 
 
-def placement_options(settings: ModelSettings, demand: Demand) -> dict[str, Any]:
+def placement_options(settings: ModelSettings, num_workers: int) -> dict[str, Any]:
     """What `from_pretrained` is told about devices.
 
     On several GPUs the layers are spread evenly, so that each has room for their keys and values.
@@ -157,7 +152,7 @@ def placement_options(settings: ModelSettings, demand: Demand) -> dict[str, Any]
     room: dict[int | str, int] = {
         index: int(gpu.free * OFFLOADED_SHARE) for index, gpu in enumerate(gpus)
     }
-    room["cpu"] = int(host_memory().available * OFFLOADED_SHARE) // demand.num_workers
+    room["cpu"] = int(host_memory().available * OFFLOADED_SHARE) // num_workers
     return {"device_map": "auto", "max_memory": room}
 
 

@@ -20,7 +20,7 @@ from pipeline.adapter_choice import AdapterChoice
 from pipeline.engine import Engine
 from pipeline.engine_thread import Collector, EngineThread
 from pipeline.errors import RowError, SupersededError
-from pipeline.outcome import Progress, ShardOutcome
+from pipeline.outcome import Progress, Released, ShardOutcome
 from pipeline.prompts import PromptRenderer
 from pipeline.reader import ShardReader, plain_rows
 from pipeline.records import (
@@ -84,13 +84,13 @@ class ShardRunner:
         self._passed_columns = list(passed_columns)
         self._num_commits = 0
         # What attempts that go on have committed; replaced whole, so that others may read it.
-        self._interim: dict[int, Totals] = {}
+        self._interim: dict[Collector, Totals] = {}
 
     def run(self, shard: Shard, rows: RowRange | None = None) -> ShardOutcome:
         """Generates and commits what the shard, or these rows of it, still lack.
 
-        Blocks until they are complete, or `drain` is called, or another attempt turns out to
-        have committed.
+        Blocks until they are complete or released, or `drain` is called, or another attempt turns
+        out to have committed some of them.
         """
         earlier = committed_infos(self._writer.folder, shard.index, self._writer.fingerprint)
         missing = shard.wanted(missing_positions(earlier, shard.num_rows * self._num_samples))
@@ -106,22 +106,34 @@ class ShardRunner:
         collector.put(failed)
         self._engine.submit(requests, collector)
         commits: list[SegmentInfo] = []
+        num_known = len(earlier)
         passed = table.select(self._passed_columns)
         try:
             for finished in self._finished(collector):
-                commit = len(earlier) + len(commits)
-                commits.append(self._writer.write(shard, passed, finished, commit))
+                commits.append(self._writer.write(shard, passed, finished, num_known))
+                num_known = commits[-1].commit + 1
                 self._num_commits += 1
                 totals = sum((info.totals for info in commits), Totals())
-                self._interim = {**self._interim, shard.index: totals}
+                self._interim = {**self._interim, collector: totals}
         except SupersededError:
             logger.info("shard %d: another attempt has committed; this one is dropped", shard.index)
             return ShardOutcome(shard.index, tuple(commits), is_complete=False)
         finally:
             self._engine.forget(requests, collector)
-            self._interim = {k: v for k, v in self._interim.items() if k != shard.index}
+            self._interim = {k: v for k, v in self._interim.items() if k is not collector}
         num_committed = sum(info.num_completions for info in commits)
-        return ShardOutcome(shard.index, tuple(commits), num_committed == len(missing))
+        return ShardOutcome(shard.index, tuple(commits), num_committed == collector.num_expected)
+
+    def release(self) -> Released | None:
+        """Gives up half of what has not been started of a shard; None if all has been.
+
+        Blocks for a step of the engine.
+        """
+        released = self._engine.release()
+        if not released:
+            return None
+        positions = [each.row * self._num_samples + each.sample for each in released]
+        return Released(released[0].shard, tuple(as_ranges(positions)))
 
     def drain(self) -> None:
         """Starts nothing more; every `run` commits what is finished and returns."""
@@ -133,6 +145,7 @@ class ShardRunner:
             self._engine.engine.metrics,
             self._num_commits,
             sum(self._interim.values(), Totals()),
+            num_unstarted=self._engine.engine.num_waiting,
         )
 
     def _values(self, table: pa.Table, rows: Sequence[int]) -> list[dict[str, object] | RowError]:

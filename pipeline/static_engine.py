@@ -10,6 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from pipeline.memory_limit import MemoryLimit
 from pipeline.metrics import EngineMetrics, PrefillCounts
 from pipeline.model import Model
 from pipeline.padding import pad_left
-from pipeline.records import Completion, Request
+from pipeline.records import Completion, Request, RequestId
 from pipeline.room import is_out_of_memory
 from pipeline.sampling import Sampler
 from pipeline.stopping import Generated, StopStrings, TokenListener, nobody_listens
@@ -85,6 +86,17 @@ class StaticEngine:
                 self._arrived.append(request)
             else:
                 self._refused.append(failed(request, error))
+
+    def unstarted(self) -> list[RequestId]:
+        """Requests that have no token yet."""
+        return [request.id for request in (*self._run, *self._arrived)]
+
+    def withdraw(self, ids: AbstractSet[RequestId]) -> list[RequestId]:
+        """Forgets those of these requests that have no token yet, and tells which they were."""
+        withdrawn = [identity for identity in self.unstarted() if identity in ids]
+        self._run = deque(request for request in self._run if request.id not in ids)
+        self._arrived = [request for request in self._arrived if request.id not in ids]
+        return withdrawn
 
     def step(self) -> list[Completion]:
         """Generates one batch, or finds that it must be a smaller one and returns nothing."""

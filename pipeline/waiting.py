@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from itertools import count, islice
 
 from pipeline.prefix import best_prefix
-from pipeline.records import Completion, Request
+from pipeline.records import Completion, Request, RequestId
 from pipeline.stopping import Generated
 
 
@@ -81,6 +82,24 @@ class Waiting:
     def add(self, row: Row) -> None:
         """Queues a row."""
         self._arrived.append(row)
+
+    def unstarted(self) -> list[RequestId]:
+        """The requests of rows that have never been taken."""
+        rows = (*self._run, *self._arrived)
+        return [request.id for row in rows if row.number < 0 for request in row.requests]
+
+    def withdraw(self, ids: AbstractSet[RequestId]) -> list[Row]:
+        """Removes the rows that have never been taken and whose requests are all among `ids`."""
+        gone = {
+            row
+            for row in (*self._run, *self._arrived)
+            if row.number < 0 and all(request.id in ids for request in row.requests)
+        }
+        for rows in (self._run, self._arrived):
+            kept = [row for row in rows if row not in gone]
+            rows.clear()
+            rows.extend(kept)
+        return list(gone)
 
     def put_back(self, rows: Sequence[Row]) -> None:
         """Takes rows again that had been taken, to be the next ones, in this order."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import DamagedOutputError, JobFileError
+from pipeline.errors import DamagedOutputError, JobFileError, SupersededError
 from pipeline.folder import RunFolder
 from pipeline.publish import output_errors, publish, temporary_file
 from pipeline.records import Completion, FinishReason, Shard
@@ -18,6 +19,7 @@ from pipeline.segments import (
     SegmentInfo,
     Totals,
     as_ranges,
+    committed_infos,
     facts_of,
     open_parquet,
     segment_name,
@@ -118,31 +120,52 @@ class SegmentWriter:
         self._worker = worker
 
     def write(
-        self, shard: Shard, table: pa.Table, completions: Iterable[Completion], commit: int
+        self, shard: Shard, table: pa.Table, completions: Iterable[Completion], num_read: int
     ) -> SegmentInfo:
-        """Commit `completions` as number `commit` of `shard`.
+        """Commit `completions` under the shard's next number.
+
+        Where another attempt has taken that number, its commit is read and the one after it is
+        tried: several attempts may do rows of one shard, as long as they are not the same rows.
 
         Args:
             shard: the one they belong to.
             table: all the shard's input rows (shard.num_rows, kept columns); more columns are
                 ignored.
-            completions: at least one, of this shard, in any order, none of them in an earlier
-                commit.
-            commit: how many commits of this shard had been read when the attempt began.
+            completions: at least one, of this shard, in any order, none of them in the commits
+                that have been read.
+            num_read: how many of the shard's commits these are.
 
         Raises:
-            SupersededError: another attempt has made this commit; nothing is left behind.
+            SupersededError: another attempt has committed one of them; nothing is left behind.
             OutputError: the segment cannot be written.
         """
         ordered = sorted(completions, key=lambda completion: completion.id)
-        info = self._info(shard, ordered, commit)
+        info = self._info(shard, ordered, num_read)
         rows = self._rows(shard, table, ordered)
-        with temporary_file(self.folder.tmp, f"{shard.index:09d}", ".parquet") as temporary:
+        while True:
+            try:
+                self._publish(info, rows)
+                return info
+            except SupersededError:
+                info = replace(info, commit=self._num_commits_without(info))
+
+    def _publish(self, info: SegmentInfo, rows: pa.Table) -> None:
+        with temporary_file(self.folder.tmp, f"{info.shard:09d}", ".parquet") as temporary:
             with output_errors(self.folder.root):
                 write_parquet(temporary, self._schema, [rows], info.to_json())
             _check_footer(temporary, info)
-            publish(temporary, self.folder.segments / segment_name(shard.index, commit))
-        return info
+            publish(temporary, self.folder.segments / segment_name(info.shard, info.commit))
+
+    def _num_commits_without(self, info: SegmentInfo) -> int:
+        """How many commits the shard has by now, if none of them holds what `info` holds."""
+        try:
+            others = committed_infos(self.folder, info.shard, self.fingerprint)
+        except FileNotFoundError:  # being rolled up: every row has been committed
+            others = []
+        held = set(_positions(info))
+        if len(others) <= info.commit or any(held & set(_positions(other)) for other in others):
+            raise SupersededError(f"shard {info.shard}: other attempts have committed these rows")
+        return len(others)
 
     def _info(self, shard: Shard, ordered: Sequence[Completion], commit: int) -> SegmentInfo:
         positions = [c.id.row * self._num_samples + c.id.sample for c in ordered]
@@ -168,6 +191,10 @@ class SegmentWriter:
         passed = pa.concat_tables([kept.slice(first, end - first) for first, end in runs])
         arrays = [*passed.columns, *_output_arrays(shard, ordered)]
         return pa.Table.from_arrays(arrays, schema=self._schema)
+
+
+def _positions(info: SegmentInfo) -> Iterable[int]:
+    return (position for first, end in info.ranges for position in range(first, end))
 
 
 def _output_arrays(shard: Shard, ordered: Sequence[Completion]) -> list[pa.Array]:

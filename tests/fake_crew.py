@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
-from jobs.crew import Crew, Event, ShardDone, WorkerLost
+from jobs.crew import Crew, Event, RowsReleased, ShardDone, WorkerLost
 from jobs.driver import Driver
 from jobs.member import Member
 from jobs.progress import Silent
 from jobs.recorder import Recorder
 from jobs.stop import StopRequest
-from pipeline.outcome import ShardOutcome
+from pipeline.outcome import Progress, Released, ShardOutcome
 from pipeline.records import RowRange, Shard
 from pipeline.segments import SegmentInfo, Totals, as_ranges
 
@@ -32,14 +33,22 @@ def done(
     errors: int = 0,
     is_complete: bool = True,
 ) -> ShardDone:
-    """The answer for rows of a shard, all of them by default, that became one commit."""
+    """The answer for rows of a shard, all of them by default, that became one commit.
+
+    The crew fills in the worker.
+    """
     rows = range(shard.num_rows) if rows is None else rows
     totals = Totals(stop=len(rows) - errors, error=errors, num_completion_tokens=5 * len(rows))
     ranges = tuple(as_ranges(rows))
     commit = SegmentInfo(
         shard.index, 0, "f", shard.first_row, shard.num_rows, ranges, "worker-0", totals
     )
-    return ShardDone(shard, ShardOutcome(shard.index, (commit,) if rows else (), is_complete))
+    return ShardDone(0, shard, ShardOutcome(shard.index, (commit,) if rows else (), is_complete))
+
+
+def halves(rows: list[int]) -> tuple[list[int], list[int]]:
+    """The first of these rows, and the others."""
+    return rows[: len(rows) // 2], rows[len(rows) // 2 :]
 
 
 def lost(worker: int = 0) -> WorkerLost:
@@ -70,9 +79,16 @@ class FakeRecorder(Recorder):
         return iter(self._shards)
 
     def missing_rows(self, shard: Shard) -> list[int]:
-        return sorted(self._missing[shard.index])
+        return shard.wanted(sorted(self._missing[shard.index]))
 
-    def record(self, outcome: ShardOutcome) -> None:
+    def piece(self, released: Released) -> Shard:
+        return replace(self._shards[released.shard], chosen=released.positions)
+
+    @property
+    def num_shards_left(self) -> int:
+        return sum(map(bool, self._missing.values()))
+
+    def record(self, outcome: ShardOutcome, *, is_last: bool = True) -> None:
         missing = self._missing[outcome.shard]
         for commit in outcome.commits:
             self._totals += commit.totals
@@ -87,16 +103,23 @@ class FakeRecorder(Recorder):
 
 
 class FakeCrew(Crew):
-    """Answers one call at a time, the oldest first; a lost worker is back at once."""
+    """Answers one call at a time, releases and then the oldest; a lost worker is back at once.
 
-    def __init__(self, recorder: FakeRecorder, answer: Answer, num_workers: int = 2) -> None:
+    Args:
+        releases: a worker releases half of the last shard it holds, if it holds several.
+    """
+
+    def __init__(
+        self, recorder: FakeRecorder, answer: Answer, num_workers: int = 2, releases: bool = False
+    ) -> None:
         self._recorder = recorder
         self._answer = answer
         self._members = [Member(index, is_ready=True) for index in range(num_workers)]
-        self._calls: list[tuple[Member, object, Shard, RowRange | None]] = []
+        self._calls: list[tuple[Member, object, Shard | None, RowRange | None]] = []
+        self._releases = releases
         self._shards_in_flight = 2
         self.handed: list[tuple[int, int, RowRange | None]] = []
-        self.num_lost = 0
+        self.num_lost = self.num_released = 0
         self.is_draining = False
 
     @property
@@ -112,6 +135,7 @@ class FakeCrew(Crew):
             assert shard not in other.shards(), "two attempts at a shard would collide"
         self.handed.append((worker, shard.index, rows))
         super().hand(worker, shard, rows)
+        self._count_unstarted()
 
     def _ask(
         self,
@@ -120,7 +144,6 @@ class FakeCrew(Crew):
         shard: Shard | None = None,
         rows: RowRange | None = None,
     ) -> None:
-        assert shard is not None
         reference = object()
         member.calls[reference] = (method, shard)
         self._calls.append((member, reference, shard, rows))
@@ -132,7 +155,11 @@ class FakeCrew(Crew):
     def wait(self, timeout: float) -> list[Event]:
         if not self._calls:
             return []
-        member, reference, shard, only = self._calls.pop(0)
+        releases = (n for n, call in enumerate(self._calls) if call[2] is None)
+        member, reference, shard, only = self._calls.pop(next(releases, 0))
+        if shard is None:
+            del member.calls[reference]
+            return self._release(member)
         rows = self._recorder.missing_rows(shard)
         rows = rows if only is None else [row for row in rows if row in only]
         event = self._answer(member.index, shard, rows, only)
@@ -143,7 +170,30 @@ class FakeCrew(Crew):
             return [WorkerLost(member.index, tuple(member.shards()), event.cause)]
         del member.calls[reference]
         member.is_alone = False
-        return [event]
+        self._count_unstarted()
+        return [replace(event, worker=member.index) if isinstance(event, ShardDone) else event]
+
+    def _unstarted(self, member: Member) -> list[int]:
+        """Which calls are for shards that have not been begun."""
+        calls = [n for n, call in enumerate(self._calls) if call[0] is member and call[2]]
+        return calls[1:] if self._releases else []
+
+    def _count_unstarted(self) -> None:
+        for member in self._members:
+            member.progress = Progress(num_unstarted=len(self._unstarted(member)))
+
+    def _release(self, member: Member) -> list[Event]:
+        for number in self._unstarted(member)[-1:]:
+            _, reference, shard, only = self._calls[number]
+            assert shard is not None
+            rows = self._recorder.missing_rows(shard)
+            kept, given_up = (tuple(as_ranges(part)) for part in halves(rows))
+            rest = replace(shard, chosen=kept)
+            self._calls[number] = (member, reference, rest, only)
+            member.calls[reference] = ("run", rest)
+            self.num_released += 1
+            return [RowsReleased(member.index, Released(shard.index, given_up))]
+        return []
 
     def drain(self) -> None:
         self.is_draining = True
@@ -158,10 +208,11 @@ def make_driver(
     totals: Totals | None = None,
     stop: StopRequest | None = None,
     num_generated_before: int = 0,
+    releases: bool = False,
 ) -> tuple[Driver, FakeCrew, FakeRecorder]:
     """A driver over these shards, and what it drives."""
     recorder = FakeRecorder(shards, totals)
-    crew = FakeCrew(recorder, answer, num_workers)
+    crew = FakeCrew(recorder, answer, num_workers, releases)
     driver = Driver(
         crew=crew,
         recorder=recorder,

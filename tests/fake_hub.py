@@ -100,7 +100,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path, token))
         time.sleep(self.hub.delay)
         name = path.rpartition("/")[2]
-        if path.startswith(f"/api/models/{HUB_ID}/revision/"):
+        if path == f"/api/models/{HUB_ID}/revision/old":
+            self._send(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})
+        elif path.startswith(f"/api/models/{HUB_ID}/revision/"):
             self._send(200, json.dumps({"id": HUB_ID, "sha": COMMIT, "siblings": []}).encode())
         elif path.startswith(f"/api/models/{HUB_ID}/tree/"):
             self._send(200, json.dumps(self.hub.listing()).encode())

@@ -235,6 +235,17 @@ def test_a_plan_says_what_would_run(shardmill: Callable[..., Result], job: Path)
     assert _files_below(job.parent) == before
 
 
+def test_a_plan_for_a_run_here_sees_what_this_machine_lacks(
+    shardmill: Callable[..., Result], job: Path
+) -> None:
+    """A run would end so after Ray's start; `plan` alone may be for another machine."""
+    offloading = ("--set", "model.offload=cpu")
+    result = shardmill("run", job, "--dry-run", *offloading)
+    assert result.code == 69
+    assert "this worker has no GPU" in result.stderr
+    assert shardmill("plan", job, *offloading).code == 0
+
+
 def test_try_shows_prompts_and_completions(shardmill: Callable[..., Result], job: Path) -> None:
     """The prompt with its special tokens and the streamed text; nothing is written."""
     before = _files_below(job.parent)

@@ -79,13 +79,25 @@ def test_death_at_every_step(tmp_path: Path) -> None:
 
 
 def test_zombie_cannot_double_rows(tmp_path: Path) -> None:
-    """An attempt that sleeps while another commits finds its number taken, now and later."""
+    """An attempt that sleeps while another commits finds them committed, now and later."""
     job = SmallJob(tmp_path)
     job.commit(0, [0])  # both attempts have read this
     job.commit(0, [1, 2], commit=1)
     for _ in range(2):
         with pytest.raises(SupersededError):
             job.commit(0, [2], commit=1)
+    job.finish()
+    assert job.output() == job.expected()
+
+
+def test_attempts_at_other_rows_take_the_next_number(tmp_path: Path) -> None:
+    """Neither knew of the other; one that holds a row of theirs among its own commits nothing."""
+    job = SmallJob(tmp_path)
+    numbers = [job.commit(0, [position], commit=0).commit for position in (1, 0)]
+    assert numbers == [0, 1]
+    with pytest.raises(SupersededError):
+        job.commit(0, [1, 2], commit=0)
+    assert list(job.folder.tmp.iterdir()) == []
     job.finish()
     assert job.output() == job.expected()
 
@@ -174,7 +186,7 @@ class Runs(RuleBasedStateMachine):
         except SupersededError:
             return
         self.state.add([info])
-        self.attempts.append((shard, commit + 1, [p for p in wanted if p not in done]))
+        self.attempts.append((shard, info.commit + 1, [p for p in wanted if p not in done]))
 
     @rule()
     def roll_up(self) -> None:

@@ -14,7 +14,7 @@ from pipeline import continuous_engine, room
 from pipeline.continuous_engine import ContinuousEngine
 from pipeline.forward import Forward
 from pipeline.model import Model
-from pipeline.records import Completion, FinishReason, Request
+from pipeline.records import Completion, FinishReason, Request, RequestId
 from pipeline.slots import SlotCache
 from tests.bare_models import (
     GPT2,
@@ -61,6 +61,7 @@ ROWS = st.lists(
         st.sampled_from([(), ("c",), ("ab", "x"), ("ba", "ca", "da")]),
         st.booleans(),  # shares a beginning
         st.integers(0, 3),  # steps before the next arrives
+        st.booleans(),  # half of what has no token yet is withdrawn, and comes again at the end
     ),
     min_size=1,
     max_size=14,
@@ -82,7 +83,7 @@ ROWS = st.lists(
 def test_every_request_ends_once_with_its_own_answer(
     model: Model,
     monkeypatch: pytest.MonkeyPatch,
-    rows: list[tuple[int, int, tuple[str, ...], bool, int]],
+    rows: list[tuple[int, int, tuple[str, ...], bool, int, bool]],
     num_slots: int,
     cache_tokens: int,
     refill_share: int,
@@ -104,14 +105,21 @@ def test_every_request_ends_once_with_its_own_answer(
     )
     requests: list[Request] = []
     completions: list[Completion] = []
-    for length, limit, stop, is_shared, num_steps in rows:
+    withdrawn: set[RequestId] = set()
+    for length, limit, stop, is_shared, num_steps, withdraws in rows:
         prompt = beginning * is_shared + random_prompt(chance, length)
         requests.append(request(len(requests), prompt, limit, stop=stop))
         engine.add(requests[-1:])
         for _ in range(num_steps):
             completions += engine.step()
+        if withdraws:
+            withdrawn |= set(engine.withdraw(set(engine.unstarted()[::2])))
         assert engine.num_running <= num_slots
-        assert engine.num_waiting + engine.num_running + len(completions) == len(requests)
+        num_left = len(requests) - len(withdrawn)
+        assert engine.num_waiting + engine.num_running + len(completions) == num_left
+    completions += drain(engine)
+    assert not withdrawn & {completion.id for completion in completions}
+    engine.add([each for each in requests if each.id in withdrawn])
     completions += drain(engine)
     assert in_order(completions, requests) == reference(model, requests)
 
@@ -163,6 +171,19 @@ def test_equal_greedy_requests_run_once(model: Model) -> None:
 
     other_limit = request(9, prompt, 3)
     assert answers(engine, [other_limit])[0].num_completion_tokens == 3
+
+
+def test_a_row_that_others_share_is_not_withdrawn(model: Model) -> None:
+    """What joined a row goes with it or stays with it; what follows does not join what is gone."""
+    prompt = random_prompt(random.Random(0), 9)
+    requests = [request(row, prompt, 6) for row in range(3)]
+    engine = ContinuousEngine(model, num_slots=4)
+    engine.add(requests[:2])
+    assert engine.unstarted() == [requests[0].id, requests[1].id]
+    assert engine.withdraw({requests[1].id}) == []
+    assert engine.withdraw({requests[0].id, requests[1].id}) == [requests[0].id, requests[1].id]
+    assert answers(engine, requests[2:]) == reference(model, requests[2:])
+    assert engine.withdraw({requests[2].id}) == []
 
 
 def test_samples_of_a_prompt_share_its_prefill(model: Model) -> None:

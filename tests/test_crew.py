@@ -17,12 +17,13 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from jobs import crew as crew_module
 from jobs.beacon import light
 from jobs.cluster import WorkerShape
-from jobs.crew import Crew, Event, ShardDone, WorkerLost, WorkerReady
+from jobs.crew import Crew, Event, RowsReleased, ShardDone, WorkerLost, WorkerReady
 from jobs.worker import Worker, WorkerSpec
 from pipeline.checkpoint import fetch
 from pipeline.errors import ModelError, ResourceError
 from pipeline.outcome import WorkerInfo
 from pipeline.records import Sampling
+from pipeline.segments import missing_positions
 from pipeline.settings import EngineSettings, ModelSettings, PromptSettings
 from tests.run_folders import SmallJob
 
@@ -213,6 +214,32 @@ def test_a_crew_does_without_a_worker_that_cannot_start(
         crew.start()
         assert [member.actor is None for member in crew._members] == [False, True]
         assert crew.num_ready == 1
+    finally:
+        crew.close()
+
+
+def test_a_worker_without_rows_gets_those_that_another_has_not_begun(
+    tmp_path: Path, llama_folder: Path
+) -> None:
+    """Two real workers on one shard: both commit to it, and together they have done it."""
+    job = SmallJob(tmp_path, rows=(400,), shard_rows=400)
+    spec = replace(_spec(job, llama_folder), engine=EngineSettings(batch_size=1))
+    crew = Crew(spec, SHAPE, stall_timeout=60)
+    try:
+        _events(crew, lambda events: len(events) == 2)
+        crew.hand(0, job.manifest.shard(0))
+        deadline = time.monotonic() + 60
+        released: list[RowsReleased] = []
+        while not released:
+            assert time.monotonic() < deadline
+            crew.share_out()
+            released = [each for each in crew.wait(0.1) if isinstance(each, RowsReleased)]
+        assert released[0].worker == 0
+        crew.hand(1, replace(job.manifest.shard(0), chosen=released[0].released.positions))
+        done = _events(crew, lambda events: len(events) == 2)
+        assert {event.worker for event in done if isinstance(event, ShardDone)} == {0, 1}
+        assert all(event.outcome.is_complete for event in done if isinstance(event, ShardDone))
+        assert missing_positions(job.infos(0), 400) == []
     finally:
         crew.close()
 

@@ -14,7 +14,7 @@ from jobs.stop import StopRequest
 from pipeline.errors import StoppedError, TooManyFailedRowsError, WorkerError
 from pipeline.records import RowRange, Shard
 from pipeline.segments import Totals
-from tests.fake_crew import ROWS, Answer, always_done, done, lost, make_driver, make_shards
+from tests.fake_crew import ROWS, Answer, always_done, done, halves, lost, make_driver, make_shards
 
 
 def _killed_by(*killers: str) -> Answer:
@@ -132,11 +132,15 @@ def test_a_machine_that_goes_takes_no_run_with_it() -> None:
     st.integers(1, 6),
     st.integers(1, 40),
     st.sets(st.integers(0, 239), max_size=6),
+    st.booleans(),
 )
 def test_whatever_rows_kill_the_job_ends_well(
-    num_workers: int, num_shards: int, num_rows: int, killers: set[int]
+    num_workers: int, num_shards: int, num_rows: int, killers: set[int], releases: bool
 ) -> None:
-    """Few or many workers, large or small shards: the killers fail and all others are done."""
+    """Few or many workers, large or small shards: the killers fail and all others are done.
+
+    Whether or not workers release rows to each other.
+    """
     killers = {row for row in killers if row < num_shards * num_rows}
     names = {f"in#{row}" for row in killers}
     driver, _, recorder = make_driver(
@@ -145,10 +149,37 @@ def test_whatever_rows_kill_the_job_ends_well(
         num_workers=num_workers,
         max_failed=6,
         totals=Totals(stop=1),
+        releases=releases,
     )
     driver.run()
     assert recorder.failed == names
     assert sorted(recorder.completed) == list(range(num_shards))
+
+
+def test_a_worker_without_rows_gets_some_of_the_slowest() -> None:
+    """Once all shards are handed out, what one has not begun with goes to another in pieces."""
+    driver, crew, recorder = make_driver(always_done, make_shards(3), num_workers=3, releases=True)
+    crew._shards_in_flight = 3
+    all_places = crew.free_places
+    crew.free_places = lambda: all_places() if crew.handed else iter([0, 0, 0])  # type: ignore[method-assign]
+    driver.run()
+    assert crew.num_released >= 2
+    assert {worker for worker, _, _ in crew.handed} == {0, 1, 2}
+    assert sorted(recorder.completed) == [0, 1, 2]
+
+
+def test_rows_that_were_released_to_nobody_are_done() -> None:
+    """Their worker had answered for its shard, and died before it could tell what it gave up."""
+    answers = iter(["died"])
+
+    def answer(worker: int, shard: Shard, rows: list[int], only: RowRange | None) -> Event:
+        kept, _ = halves(rows)
+        return done(shard, kept if next(answers, None) else rows)
+
+    driver, crew, recorder = make_driver(answer, make_shards(1))
+    driver.run()
+    assert crew.handed_shards == [0, 0]
+    assert recorder.completed == [0]
 
 
 def test_the_last_row_of_a_job_can_be_blamed() -> None:

@@ -14,6 +14,7 @@ from shutil import rmtree
 
 import pytest
 import ray
+import yaml
 from huggingface_hub import HfApi, constants, errors
 
 from jobs.cluster import WorkerShape
@@ -109,6 +110,26 @@ def test_a_missing_model_is_one_sentence(tmp_path: Path, hub: FakeHub) -> None:
     assert "check the name" in result.stderr
     assert len(said(result)) == 1
     assert CANARY not in result.stderr
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_ch:FutureWarning")  # peft's
+def test_an_adapter_of_the_hub_is_of_one_commit(tmp_path: Path, llama_folder: Path) -> None:
+    """Workers load what the driver has seen, wherever its branch points to by then."""
+    pytest.importorskip("peft")
+    from tests.lora import make_lora
+
+    with fake_hub(make_lora(llama_folder, tmp_path / "lora")) as hub:
+        job = write_job(tmp_path, llama_folder, questions(5))
+        environment = hub.environment(tmp_path / "home")
+        result = shardmill("run", job, "--set", f"model.adapter={HUB_ID}", **environment)
+        assert result.code == 0, result.stderr
+        resolved = yaml.safe_load((tmp_path / "out/.shardmill/job.yaml").read_text())
+        assert resolved["model"]["adapter"]["path"] == f"{HUB_ID}@{COMMIT}"
+        again = shardmill("run", job, "--set", f"model.adapter={HUB_ID}@{COMMIT}", **environment)
+        assert again.code == 0, again.stderr
+        missing = shardmill("run", job, "--set", f"model.adapter={HUB_ID}@old", **environment)
+        assert missing.code == 65
+        assert "'old' is no branch, tag or commit of model.adapter 'org/name'" in missing.stderr
 
 
 def test_several_processes_download_once(tmp_path: Path, hub: FakeHub) -> None:

@@ -40,7 +40,7 @@ TORCH_FILES = {
     "pipeline/transfer.py",
     "pipeline/peak_memory.py",
     "pipeline/speed.py",
-    "jobs/bench_child.py",  # a process of its own
+    "jobs/bench_service.py",  # in a process of its own
     "jobs/preview.py",  # asks for the GPU's memory; never imported by a run
 }
 STDLIB_ONLY = {

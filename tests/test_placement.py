@@ -23,7 +23,6 @@ from pipeline.host_memory import HostMemory
 from pipeline.memory_limit import MemoryLimit
 from pipeline.model import load_model
 from pipeline.placement import (
-    Demand,
     Gpu,
     check_memory,
     devices_of,
@@ -42,8 +41,7 @@ from tests.small_jobs import questions, shardmill, write_job
 
 GIB = 2**30
 HOST = HostMemory(total=64 * GIB, available=32 * GIB)
-NEED = Footprint(weights=16 * GIB, cache_per_token=GIB // 1024)
-DEMAND = Demand(row_tokens=1024, num_workers=1)
+NEED = Footprint(weights=16 * GIB, cache_per_token=0)
 
 
 def gpus(*free: float) -> list[Gpu]:
@@ -74,8 +72,8 @@ def make_huge(folder: Path, source: Path) -> Path:
         (
             gpus(10.2),
             "none",
-            "needs about 16.0 GiB for its weights and 1.0 GiB for the keys and values of one row, "
-            "but GPU 2 has 10.2 GiB free: set workers.gpus_per_worker to 2 or more, or "
+            "needs about 16.0 GiB for its weights, but GPU 2 has 10.2 GiB free: set "
+            "workers.gpus_per_worker to 2 or more, or "
             "model.quantization, or, of plain weights, model.offload to cpu",
         ),
         (gpus(5, 4), "none", "GPU 2 has 5.0 GiB free and GPU 3 has 4.0 GiB free: set workers.gp"),
@@ -88,7 +86,7 @@ def make_huge(folder: Path, source: Path) -> Path:
 )
 def test_what_fits_on_gpus(there: list[Gpu], offload: str, words: str | None) -> None:
     """All GPUs of a worker count together, with the machine's memory if that is asked for."""
-    problem = shortage(NEED, DEMAND, offload, there, HOST)
+    problem = shortage(NEED, 1, offload, there, HOST)
     assert problem is None if words is None else words in str(problem)
 
 
@@ -97,9 +95,14 @@ def test_what_fits_on_gpus(there: list[Gpu], offload: str, words: str | None) ->
     [
         (HostMemory(64 * GIB, 10 * GIB), 1, False, "this machine has 10.0 GiB free: lower"),
         (HostMemory(64 * GIB, 20 * GIB), 3, False, None),
-        (HostMemory(64 * GIB, 60 * GIB), 5, False, "about 85.0 GiB in 5 workers, but this machine"),
+        (
+            HostMemory(64 * GIB, 60 * GIB),
+            5,
+            False,
+            "about 72.0 GiB of this machine's memory in 5 workers, but",
+        ),
         (HostMemory(64 * GIB, 60 * GIB), 5, True, None),
-        (HostMemory(64 * GIB, 60 * GIB), 80, True, "about 96.0 GiB in 80 workers"),
+        (HostMemory(15 * GIB, 15 * GIB), 80, True, None),
     ],
 )
 def test_what_fits_on_a_machine(
@@ -110,8 +113,17 @@ def test_what_fits_on_a_machine(
     Weights that are used as they lie in their files are there once for all workers.
     """
     need = Footprint(NEED.weights, NEED.cache_per_token, is_mapped)
-    problem = shortage(need, Demand(1024, num_workers), "none", [], host)
+    problem = shortage(need, num_workers, "none", [], host)
     assert problem is None if words is None else words in str(problem)
+
+
+def test_workers_that_spill_share_a_machine() -> None:
+    """What does not fit on the GPUs of each is in the machine's memory once for each."""
+    there = gpus(8)
+    assert shortage(NEED, 8, "cpu", there, HostMemory(64 * GIB, 60 * GIB)) is None
+    problem = shortage(NEED, 12, "cpu", there, HostMemory(64 * GIB, 60 * GIB))
+    assert "about 76.8 GiB of this machine's memory in 12 workers" in str(problem)
+    assert shortage(NEED, 12, "disk", there, HostMemory(64 * GIB, 60 * GIB)) is None
 
 
 def lie_in(model: Any, path: Path) -> bool:
@@ -148,7 +160,7 @@ def test_a_huge_model_is_refused_before_it_is_loaded(tmp_path: Path, llama_folde
     job = write_job(tmp_path, folder, questions(5), generation={"max_new_tokens": 100})
     result = shardmill("run", job)
     assert result.code == 69, result.stderr
-    assert "needs about 1,536.0 GiB for its weights and" in result.stderr
+    assert "needs about 1,536.0 GiB for its weights, " in result.stderr
     assert "but this machine has" in result.stderr
     assert "Traceback" not in result.stderr
     tried = shardmill("try", job)
@@ -161,7 +173,7 @@ def test_offload_needs_a_gpu(llama_folder: Path) -> None:
     """Into the memory where everything is anyway."""
     block = ModelSettings(path=str(llama_folder), offload="cpu")
     with pytest.raises(ResourceError, match=r"model\.offload is cpu.*has no GPU"):
-        check_memory(fetch(block), block, DEMAND)
+        check_memory(fetch(block), block, 1)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +226,7 @@ def test_weights_on_disk_give_the_same_answers(
     plain = load(folder)
     short_of_memory(monkeypatch, plain.num_weight_bytes // room)
     block = ModelSettings(path=str(folder), offload="disk")
-    offloaded = load_model(fetch(block), block, num_threads=1, demand=DEMAND)
+    offloaded = load_model(fetch(block), block, num_threads=1)
     assert set(offloaded.model.hf_device_map.values()) == places
     assert f" on {' and '.join(sorted(places))}, loaded" in offloaded.summary
     assert offloaded.devices == (torch.device("cpu"),)
@@ -239,7 +251,7 @@ def test_weights_that_no_file_holds_are_not_read_from_one(
     short_of_memory(monkeypatch, 1000)
     block = ModelSettings(path=str(folder), offload="disk")
     with pytest.raises(ModelError, match=r"at every step: set model\.offload to cpu"):
-        load_model(fetch(block), block, num_threads=1, demand=DEMAND)
+        load_model(fetch(block), block, num_threads=1)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +285,7 @@ def test_disk_is_not_taken_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     block = ModelSettings(path=str(folder))
     short_of_memory(monkeypatch, 1000)
     with pytest.raises(ResourceError, match=r"model\.offload to disk"):
-        load_model(fetch(block), block, num_threads=1, demand=DEMAND)
+        load_model(fetch(block), block, num_threads=1)
 
 
 def test_each_device_has_room_for_its_own_layers() -> None:

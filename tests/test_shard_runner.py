@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pytest
 from pipeline import shard_runner
 from pipeline.engine_thread import Collector, EngineThread
 from pipeline.metrics import EngineMetrics
+from pipeline.outcome import Released
 from pipeline.prompts import PromptRenderer
 from pipeline.reader import ShardReader
 from pipeline.records import (
@@ -56,8 +58,16 @@ class SteppedEngine:
     def add(self, requests: Sequence[Request]) -> None:
         self.requests.extend(requests)
 
+    def unstarted(self) -> list[RequestId]:
+        return [request.id for request in self.requests]
+
+    def withdraw(self, ids: AbstractSet[RequestId]) -> list[RequestId]:
+        withdrawn = [identity for identity in self.unstarted() if identity in ids]
+        self.requests = deque(each for each in self.requests if each.id not in ids)
+        return withdrawn
+
     def step(self) -> list[Completion]:
-        if not self._allowed.acquire(timeout=0.01):
+        if not self.requests or not self._allowed.acquire(timeout=0.01):
             return []
         if self.failure is not None:
             raise self.failure
@@ -198,7 +208,7 @@ def test_what_a_superseded_attempt_left_in_the_engine_goes_nowhere(tmp_path: Pat
     with _bench(tmp_path) as bench:
         first = bench.start(bench.runner, bench.shard)
         _eventually(lambda: len(bench.engine.requests) == 6)
-        bench.job.commit(0, [4, 5])  # somebody else's commit number 0
+        bench.job.commit(0, [1, 5])  # somebody else's commit number 0
         bench.engine.allow(2)
         assert not first.result(timeout=20).is_complete
         assert len(bench.engine.requests) == 4, "rows 2 to 5 of the dropped attempt"
@@ -208,6 +218,65 @@ def test_what_a_superseded_attempt_left_in_the_engine_goes_nowhere(tmp_path: Pat
         bench.engine.allow(8)
         assert second.result(timeout=20).is_complete
         assert sorted(bench.committed()) == list(range(6))
+
+
+@pytest.mark.usefixtures("often")
+def test_what_is_released_is_done_by_another(tmp_path: Path) -> None:
+    """Both commit to one shard, in turns; neither does the other's rows, and both are complete."""
+    with _bench(tmp_path) as bench, _bench(tmp_path) as other:
+        first = bench.start(bench.runner, bench.shard)
+        _eventually(lambda: len(bench.engine.requests) == 6)
+        assert bench.runner.progress().num_unstarted == 6
+        assert bench.runner.release() == Released(0, ((3, 6),))
+        assert bench.runner.release() == Released(0, ((1, 3),))
+        bench.engine.allow(1)
+        assert first.result(timeout=20).is_complete
+        assert bench.committed() == [0]
+        assert bench.runner.release() is None
+
+        pieces = [replace(bench.shard, chosen=chosen) for chosen in (((3, 6),), ((1, 3),))]
+        attempts = [
+            each.start(each.runner, piece)
+            for each, piece in zip((bench, other), pieces, strict=True)
+        ]
+        for count, engine in ((2, bench.engine), (3, other.engine), (4, bench.engine)):
+            engine.allow(1)
+            _eventually(lambda count=count: len(bench.committed()) == count)  # type: ignore[misc]
+        for each in (bench, other):
+            each.engine.allow(6)
+        outcomes = [attempt.result(timeout=20) for attempt in attempts]
+        assert [outcome.is_complete for outcome in outcomes] == [True, True]
+        assert sorted(bench.committed()) == list(range(6))
+        commits = [info for outcome in outcomes for info in outcome.commits]
+        assert sorted(info.commit for info in commits) == list(range(1, len(commits) + 1))
+
+
+def test_all_may_be_released(tmp_path: Path) -> None:
+    """An attempt of which nothing is left has nothing to commit, and nothing is missing of it."""
+    with _bench(tmp_path) as bench:
+        attempt = bench.start(bench.runner, replace(bench.shard, chosen=((2, 3),)))
+        _eventually(lambda: len(bench.engine.requests) == 1)
+        assert bench.runner.release() == Released(0, ((2, 3),))
+        outcome = attempt.result(timeout=20)
+        assert (outcome.commits, outcome.is_complete) == ((), True)
+
+
+def test_nothing_is_released_by_an_engine_that_has_ended(tmp_path: Path) -> None:
+    """Whoever asks gets an answer at once, after a stop and after a failure."""
+    with _bench(tmp_path) as bench:
+        bench.start(bench.runner, bench.shard)
+        _eventually(lambda: len(bench.engine.requests) == 6)
+        bench.runner.drain()
+        assert bench.runner.release() is None
+        broken = SteppedEngine()
+        runner = bench.new_runner(broken)
+        broken.failure = RuntimeError("the device is gone")
+        broken.allow(1)
+        attempt = bench.start(runner, bench.shard)
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            attempt.result(timeout=20)
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            runner.release()
 
 
 def test_a_broken_engine_is_told_to_everyone(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import floor, log2
 
 import pytest
@@ -51,7 +51,7 @@ class Search:
                 self._succeed()
             suspect = self.suspects.next()
             assert suspect is not None
-            self.suspects.run(suspect)
+            self.suspects.run(suspect, 0)
             self._attempt(suspect.shard, suspect.rows)
 
     def _attempt(self, shard: Shard, rows: RowRange) -> None:
@@ -72,7 +72,7 @@ class Search:
         elif todo:
             self._commit(shard, todo)
             self._succeed()
-        self.suspects.answered(shard, is_complete=True)
+        self.suspects.answered(0, is_complete=True)
 
     def _commit(self, shard: Shard, rows: list[int]) -> None:
         for row in rows:
@@ -130,10 +130,10 @@ def test_four_killers_and_nothing_else_are_found() -> None:
     assert search.most_in_a_row <= 11
 
 
-def _running(suspects: Suspects) -> Suspect:
+def _running(suspects: Suspects, worker: int = 0) -> Suspect:
     suspect = suspects.next()
     assert suspect is not None
-    suspects.run(suspect)
+    suspects.run(suspect, worker)
     return suspect
 
 
@@ -141,26 +141,26 @@ def test_the_way_of_one_row() -> None:
     """Beside others, alone, cut, held back, tried again, blamed: in this order, and no shorter."""
     suspects = Suspects()
     suspects.lost(SHARD, range(8), 3, "first")
-    assert _running(suspects) == Suspect(SHARD, RowRange(0, 8), worker=3)
+    assert _running(suspects, 4) == Suspect(SHARD, RowRange(0, 8), worker=3)
     assert suspects.next() is None, "one attempt at a shard at a time"
 
     suspects.lost(SHARD, range(8), 4, "second")
-    assert _running(suspects) == Suspect(SHARD, RowRange(0, 1), worker=4)
+    assert _running(suspects, 5) == Suspect(SHARD, RowRange(0, 1), worker=4)
     suspects.lost(SHARD, range(8), 5, "third")
     assert [suspect.row_id for suspect in suspects.held] == ["in#100"]
 
     assert _running(suspects).rows == RowRange(1, 5)
-    suspects.answered(SHARD, is_complete=True)
+    suspects.answered(0, is_complete=True)
     suspects.retry_held()
-    assert _running(suspects) == Suspect(SHARD, RowRange(0, 1), worker=5, num_losses=1)
+    assert _running(suspects, 6) == Suspect(SHARD, RowRange(0, 1), worker=5, num_losses=1)
     suspects.lost(SHARD, [0, 5, 6, 7], 6, "fourth")
     blamed = _running(suspects)
     assert blamed.rows.error == (
         "killed: 2 workers were lost while they ran this row alone (the last one: fourth)"
     )
-    suspects.answered(SHARD, is_complete=True)
+    suspects.answered(0, is_complete=True)
     assert _running(suspects).rows == RowRange(5, 8)
-    suspects.answered(SHARD, is_complete=True)
+    suspects.answered(0, is_complete=True)
     assert not suspects
 
 
@@ -194,8 +194,22 @@ def test_an_overtaken_attempt_runs_again() -> None:
     suspects = Suspects()
     suspects.lost(SHARD, range(8), 0, "killed")
     first = _running(suspects)
-    suspects.answered(SHARD, is_complete=False)
+    suspects.answered(0, is_complete=False)
     assert _running(suspects) == first
+
+
+def test_a_piece_of_its_shard_is_not_the_suspect() -> None:
+    """A worker that had other rows of the same shard is lost: the suspect runs on, unblamed."""
+    suspects = Suspects()
+    suspects.lost(SHARD, [3], 0, "killed")
+    _running(suspects, 1)
+    suspects.lost(SHARD, [3, 4], 1, "killed")
+    suspect = _running(suspects, 1)
+    suspects.lost(replace(SHARD, chosen=((4, 5),)), [4], 2, "killed")
+    assert not suspects.held
+    assert suspects.describe(1, SHARD) == "row in#103"
+    assert suspects.answered(1, is_complete=True) == suspect
+    assert suspects.next() is not None
 
 
 def test_an_error_that_kills_too_names_the_file() -> None:

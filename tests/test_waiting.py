@@ -32,6 +32,20 @@ def test_the_longest_of_the_oldest_come_first() -> None:
     assert len(waiting) == 4
 
 
+def test_rows_that_have_been_taken_are_not_withdrawn() -> None:
+    """They have tokens by now; what is left keeps its order."""
+    waiting = Waiting(num_lookahead=2)
+    for length in (4, 3, 2, 1):
+        waiting.add(row_of(length))
+    waiting.head(1)
+    waiting.put_back(waiting.take(1))
+    everything = {RequestId(0, 0, 0)}
+    assert len(waiting.unstarted()) == 3
+    assert sorted(lengths(waiting.withdraw(everything))) == [1, 2, 3]
+    assert waiting.withdraw(everything) == waiting.unstarted() == []
+    assert lengths(waiting.head(4)) == [4]
+
+
 def test_rows_put_back_are_next_and_keep_their_number() -> None:
     """So the row that came first is never the one that has to go again and again."""
     waiting = Waiting(num_lookahead=4)

@@ -213,8 +213,8 @@ def test_metadata_of_pandas_is_dropped(tmp_path: Path) -> None:
     assert list(frame.columns) == ["0", "1", "__index_level_0__", *NAMES]
 
 
-def test_second_attempt_at_a_commit_is_superseded(tmp_path: Path) -> None:
-    """The first to publish a number wins; the other leaves nothing behind."""
+def test_second_attempt_at_a_row_is_superseded(tmp_path: Path) -> None:
+    """The first to publish it wins; the other leaves nothing behind."""
     table = pa.table({"a": [1, 2]})
     folder = _folder(tmp_path)
     writer = _writer(folder, table)

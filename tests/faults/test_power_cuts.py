@@ -111,7 +111,7 @@ class PowerCuts(RuleBasedStateMachine):
             return
         if info is not None:
             self.state.add([info])
-            self.attempts.append((shard, commit + 1, [p for p in wanted if p not in done]))
+            self.attempts.append((shard, info.commit + 1, [p for p in wanted if p not in done]))
             if not self.state.has_part(self.job.manifest.part_of(shard)):
                 self.promised[shard] |= done
 
