@@ -17,7 +17,7 @@ from ray._raylet import (  # type: ignore[attr-defined]
 
 from jobs.config import WorkersSettings
 from jobs.private_ray import private_ray
-from pipeline.errors import ResourceError
+from pipeline.errors import RayFailedError, ResourceError
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def ray_cluster(address: str | None) -> Iterator[Resources]:
         except Exception as error:  # a bare one when a part of it ends during its start
             where = f"at {address}" if address else "on this machine"
             reason = _first_line(error)
-            raise ResourceError(f"cannot reach a Ray cluster {where}: {reason}") from error
+            raise RayFailedError(f"cannot reach a Ray cluster {where}: {reason}") from error
         try:
             yield resources()
         finally:
@@ -162,12 +162,12 @@ def check_ray() -> None:
     code 1 and no exception a minute after its head has died.
 
     Raises:
-        ResourceError: with what has ended.
+        RayFailedError: with what has ended.
     """
     node = ray._private.worker._global_node
     ended = _VITAL & {str(kind) for kind, _ in node.dead_processes()} if node else _VITAL
     if ended:
-        raise ResourceError(
+        raise RayFailedError(
             f"Ray's {min(ended)} has ended, killed or out of memory; what was committed is kept, "
             "and the same command continues"
         )

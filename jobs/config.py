@@ -261,7 +261,7 @@ def _setting_name(location: tuple[int | str, ...]) -> str:
             field = model.model_fields.get(key)
             annotation = field.annotation if field else None
             model = _block_of(annotation)
-    return name
+    return name if name.isprintable() else repr(name)[1:-1]  # one line, whatever is in a key
 
 
 def _block_of(annotation: object) -> type[BaseModel] | None:
@@ -308,7 +308,8 @@ def _unknown(setting: str) -> str:
         near = [leaves[leaf] for leaf in difflib.get_close_matches(key, leaves, n=1, cutoff=0.75)]
     if near:
         return f"there is no setting '{setting}'; did you mean '{near[0]}'?"
-    return f"there is no setting '{setting}'; known there: {', '.join(siblings)}"
+    top_level = [name for name in known if "." not in name]
+    return f"there is no setting '{setting}'; known there: {', '.join(siblings or top_level)}"
 
 
 def _all_settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:

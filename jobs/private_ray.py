@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
-from pipeline.errors import ResourceError
+from pipeline.errors import RayFailedError, ResourceError
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def private_ray() -> Iterator[Path]:
     try:
         with _owned(folder), _authenticated(folder / "token"):
             yield folder / "r"  # not the folder itself, which Ray would open to everybody
-    except ResourceError:
+    except RayFailedError:
         logger.info("Ray's own logs are in %s, until a run starts in an hour or later", folder)
         raise
     except BaseException:

@@ -8,6 +8,7 @@
     ├── TooManyFailedRowsError  65  more rows failed than `failure.max_failed_rows` allows
     ├── DamagedOutputError      65  the output on disk is not what was written
     ├── ResourceError           69  no cluster, GPU or worker to be had
+    │   └── RayFailedError      69  Ray has not started, or has ended; its own logs are kept
     ├── WorkerError             70  workers die or raise for a reason that is not the user's
     ├── OutputError             73  the output folder cannot be written, or is something else's
     └── StoppedError            75  stopped early; the same command continues
@@ -71,6 +72,10 @@ class ResourceError(ShardmillError):
     exit_code = 69
 
 
+class RayFailedError(ResourceError):
+    """Ray itself does not start, or processes of it that nothing works without are gone."""
+
+
 class WorkerError(ShardmillError):
     """Workers keep failing for a reason that lies in no row."""
 
@@ -107,7 +112,7 @@ class RowError(Exception):
 
 
 class SupersededError(Exception):
-    """The commit number of this attempt is taken: another attempt got there first."""
+    """A name that is to be made is there already: another attempt got there first."""
 
 
 SENTENCE_ERRORS = (OSError, ValueError, ImportError, RuntimeError)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from jobs.cluster import Resources, ray_cluster, shape_workers
@@ -94,3 +96,14 @@ def test_workers_that_share_a_node_are_counted() -> None:
         for nodes in (1, 2, 8)
     ]
     assert [shape.num_per_node for shape in shapes] == [5, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("count", "gpus_per_worker", "beside"), [("auto", 1, 4), (3, 1, 3), ("auto", 2, 2), (1, 2, 1)]
+)
+def test_workers_with_gpus_that_share_a_node_are_counted(
+    count: Any, gpus_per_worker: Any, beside: int
+) -> None:
+    """As many as the node with most GPUs can have: what their models spill is there together."""
+    settings = WorkersSettings(count=count, gpus_per_worker=gpus_per_worker)
+    assert shape_workers(settings, Resources(16, (4, 2)), MANY_SHARDS).num_per_node == beside

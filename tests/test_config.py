@@ -123,6 +123,7 @@ def test_wrong_overrides_are_refused(job_file: Path, override: str, words: str) 
         ("generation: {max_tokens: 5}", "did you mean 'generation.max_new_tokens'?"),
         ("temperature: 1", "did you mean 'generation.temperature'?"),
         ("zzz: 1", "no setting 'zzz'; known there: name, input"),
+        (r'"\r.": 1', r"no setting '\r.'; known there: name, input"),
         ("name: again", "line 7: the key 'name' stands there twice"),
         ("generation: {seed: 1, seed: 2}", "the key 'seed' stands there twice"),
         ("generation: 5", "'generation' must be a block of settings, got 5"),

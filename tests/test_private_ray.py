@@ -17,7 +17,7 @@ import ray
 
 from jobs.cluster import ray_cluster
 from jobs.private_ray import AUTHENTICATION, PREFIX, STALE_AGE, TOKEN_PATH, private_ray
-from pipeline.errors import ResourceError
+from pipeline.errors import RayFailedError, ResourceError
 
 DASHBOARD_PORT = 8265
 JOIN = (
@@ -101,12 +101,13 @@ def test_folders_of_killed_runs_are_swept(base: Path) -> None:
 
 def test_the_logs_of_a_ray_that_failed_are_kept(base: Path) -> None:
     """Whoever has to find out why will look for them."""
-    with pytest.raises(ResourceError), private_ray() as inner:
-        raise ResourceError("no Ray")
+    with pytest.raises(RayFailedError), private_ray() as inner:
+        raise RayFailedError("no Ray")
     assert (inner.parent / "owner").exists()
-    with pytest.raises(KeyboardInterrupt), private_ray() as inner:
-        raise KeyboardInterrupt
-    assert not inner.parent.exists()
+    for error in (KeyboardInterrupt(), ResourceError("too little memory for the model")):
+        with pytest.raises(type(error)), private_ray() as inner:
+            raise error
+        assert not inner.parent.exists()
 
 
 def test_a_place_that_cannot_be_is_a_sentence(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
