@@ -143,11 +143,20 @@ def _num_embeddings(config: Mapping[str, Any]) -> int:
 
 
 def _cache_per_token(config: Mapping[str, Any], num_bytes: int) -> int:
-    num_layers = _number(config, "num_hidden_layers", "n_layer")
+    num_layers = _num_attending(config)
     num_heads = _number(config, "num_attention_heads", "n_head") or 1
     head_size = _number(config, "head_dim") or _hidden_size(config) // num_heads
     num_kv_heads = _number(config, "num_key_value_heads") or num_heads
     return 2 * num_layers * num_kv_heads * head_size * num_bytes
+
+
+def _num_attending(config: Mapping[str, Any]) -> int:
+    """Layers that keep keys and values of every token; recurrent ones keep a state of one size."""
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    if not isinstance(kinds, list):
+        return _number(config, "num_hidden_layers", "n_layer")
+    attending = [kind for kind in kinds if "attention" in kind or kind == "hybrid"]
+    return len(attending) - attending.count("linear_attention")
 
 
 def _hidden_size(config: Mapping[str, Any]) -> int:

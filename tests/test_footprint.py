@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,27 @@ def test_the_cache_is_counted_per_token(llama_folder: Path) -> None:
     settings = ModelSettings(path=str(llama_folder))
     estimate = estimate_footprint(fetch(settings), settings)
     assert estimate.cache_per_token == 2 * 2 * 2 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("kinds", "num_attending"),
+    [
+        ({"layer_types": ["linear_attention", "linear_attention", "full_attention"]}, 1),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, 2),
+        ({"layers_block_type": ["mamba", "attention", "hybrid"]}, 2),
+        ({"layer_types": None}, 2),
+    ],
+)
+def test_only_layers_that_attend_have_a_cache(
+    tmp_path: Path, llama_folder: Path, kinds: dict[str, Any], num_attending: int
+) -> None:
+    """What a recurrent layer keeps does not grow with the tokens."""
+    folder = Path(shutil.copytree(llama_folder, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **kinds}))
+    settings = ModelSettings(path=str(folder))
+    estimate = estimate_footprint(fetch(settings), settings)
+    assert estimate.cache_per_token == num_attending * 2 * 2 * 8 * 4
 
 
 def test_weights_are_counted_as_they_are(tmp_path: Path) -> None:
