@@ -121,7 +121,7 @@ def main() -> None:
     growing.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     growing.add_argument("--rows", type=int, default=1500, help="for each worker")
     ending = commands.add_parser("end")
-    ending.add_argument("--rows", type=int, default=16_000)
+    ending.add_argument("--rows", type=int, default=30_000)
     options = parser.parse_args()
     if options.command == "grow":
         grow(options.workers, options.rows)

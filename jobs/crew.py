@@ -54,6 +54,9 @@ GROWTH_INTERVAL = 10.0
 POLL_INTERVAL = 1.0
 """Seconds between two questions to a worker how far it is."""
 
+SHARING_POLL_INTERVAL = 0.2
+"""The same while a worker waits for rows that another one releases."""
+
 
 @dataclass(frozen=True, slots=True)
 class ShardDone:
@@ -108,6 +111,7 @@ class Crew:
         self._members = [Member(index) for index in range(shape.count)]
         self._had_room_at: float | None = None
         self._looked_at = time.monotonic()
+        self._is_sharing_out = False
 
     @property
     def num_workers(self) -> int:
@@ -172,13 +176,21 @@ class Crew:
         return any(held.index == shard for member in self._members for held in member.shards())
 
     def share_out(self) -> None:
-        """Where a worker has nothing, asks the one with most rows unstarted to release some."""
+        """For each worker that has nothing, asks another one to release rows it has not begun.
+
+        That is the one that would need longest for them; it keeps as many as it will have begun
+        with when the other is through with its share.
+        """
         ready = [member for member in self._members if member.is_ready and not member.is_alone]
-        if all(member.shards() for member in ready) or any(m.is_asked("release") for m in ready):
-            return
-        fullest = max(ready, key=lambda member: member.progress.num_unstarted)
-        if fullest.progress.num_unstarted:
-            self._ask(fullest, "release")
+        idle = [member for member in ready if not member.shards()]
+        self._is_sharing_out = bool(idle)
+        num_asked = sum(member.is_asked("release") for member in ready)
+        for taker in idle[num_asked:]:
+            holders = [m for m in ready if m.progress.num_unstarted and not m.is_asked("release")]
+            if not holders:
+                return
+            slowest = max(holders, key=lambda member: member.progress.num_unstarted / member.speed)
+            self._ask(slowest, "release", taker.speed / (taker.speed + slowest.speed))
 
     def start(self) -> None:
         """Starts an actor in every empty place whose time has come.
@@ -254,20 +266,15 @@ class Crew:
         member.moved_at = time.monotonic()
         self._ask(member, "place")
 
-    def _ask(
-        self,
-        member: Member,
-        method: str,
-        shard: Shard | None = None,
-        rows: RowRange | None = None,
-    ) -> None:
-        arguments = () if shard is None else (shard, rows)
+    def _ask(self, member: Member, method: str, *arguments: Any) -> None:
+        shard = arguments[0] if method == "run" else None
         member.calls[getattr(member.actor, method).remote(*arguments)] = (method, shard)
 
     def _poll(self) -> None:
         now = time.monotonic()
+        interval = SHARING_POLL_INTERVAL if self._is_sharing_out else POLL_INTERVAL
         for member in self._members:
-            is_due = now - member.polled_at >= POLL_INTERVAL
+            is_due = now - member.polled_at >= interval
             if member.is_ready and is_due and not member.is_asked("progress"):
                 member.polled_at = now
                 self._ask(member, "progress")

@@ -55,6 +55,13 @@ class Member:
         """What has been done in this place, in this run."""
         return self.before + self.progress.metrics
 
+    @property
+    def speed(self) -> float:
+        """Tokens per second of its actor's decode steps; 1 as long as there is none."""
+        metrics = self.progress.metrics
+        is_known = metrics.num_generated_tokens and metrics.decode_seconds
+        return metrics.num_generated_tokens / metrics.decode_seconds if is_known else 1.0
+
     def shards(self) -> list[Shard]:
         """What it holds."""
         return [shard for _, shard in self.calls.values() if shard is not None]

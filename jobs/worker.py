@@ -187,9 +187,9 @@ class Worker:
         """The counts so far."""
         return replace(self._ready().progress(), peak=self._peak())
 
-    def release(self) -> Released | None:
-        """Gives up rows that have not been started, so that a worker without any gets them."""
-        return self._ready().release()
+    def release(self, share: float) -> Released | None:
+        """Gives up so much of what has not been started, for a worker that has nothing."""
+        return self._ready().release(share)
 
     def drain(self) -> None:
         """Ends every `run` after it has committed what is finished."""

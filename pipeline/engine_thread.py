@@ -10,6 +10,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 from pipeline.engine import Engine
 from pipeline.records import Completion, Request, RequestId
@@ -77,6 +78,19 @@ class Collector:
         return self._num_missing == 0 or self._is_closed or self._failure is not None
 
 
+@dataclass
+class Wish:
+    """Somebody waits for requests to be given up.
+
+    Attributes:
+        share: of those that can be.
+        granted: which were.
+    """
+
+    share: float
+    granted: Future[list[RequestId]] = field(default_factory=Future)
+
+
 class EngineThread:
     """Runs an engine whenever it has work.
 
@@ -88,7 +102,7 @@ class EngineThread:
         self.engine = engine
         self._changed = threading.Condition()
         self._inbox: list[Sequence[Request]] = []
-        self._wishes: deque[Future[list[RequestId]]] = deque()
+        self._wishes: deque[Wish] = deque()
         # By request and not by shard: what a dropped attempt has still in the engine must not
         # reach the next attempt at the same shard, which may ask for other rows.
         self._collectors: dict[RequestId, Collector] = {}
@@ -115,13 +129,16 @@ class EngineThread:
                 if self._collectors.get(request.id) is collector:
                     del self._collectors[request.id]
 
-    def release(self) -> list[RequestId]:
-        """Gives up half of the requests that have no token yet, of the shard that has most.
+    def release(self, share: float) -> list[RequestId]:
+        """Gives up requests that have no token yet, of the shard that has most of them.
 
         Blocks until the step is done. Their collectors expect them no more; what is given up lies
         at the shard's end. Empty when all have been started, and after `stop`.
+
+        Args:
+            share: of those of the shard, from 0 to 1; one at least is given up.
         """
-        wish: Future[list[RequestId]] = Future()
+        wish = Wish(share)
         with self._changed:
             if self._failure is not None:
                 raise self._failure
@@ -129,7 +146,7 @@ class EngineThread:
                 return []
             self._wishes.append(wish)
             self._changed.notify_all()
-        return wish.result()
+        return wish.granted.result()
 
     def stop(self) -> None:
         """Ends the thread after the step it is in, and every wait at once."""
@@ -152,7 +169,7 @@ class EngineThread:
             with self._changed:
                 self._is_stopped = True
                 for wish in self._wishes:
-                    wish.set_result([])
+                    wish.granted.set_result([])
 
     def _admit(self) -> bool:
         """Waits until there is work and hands the engine what is new; False when stopped."""
@@ -166,17 +183,17 @@ class EngineThread:
         for requests in arrived:
             self.engine.add(requests)
         while self._wishes:
-            self._wishes[0].set_result(self._give_up())
+            self._wishes[0].granted.set_result(self._give_up(self._wishes[0].share))
             self._wishes.popleft()
         return True
 
-    def _give_up(self) -> list[RequestId]:
+    def _give_up(self, share: float) -> list[RequestId]:
         unstarted = self.engine.unstarted()
         if not unstarted:
             return []
         [(shard, count)] = Counter(identity.shard for identity in unstarted).most_common(1)
         of_shard = sorted(identity for identity in unstarted if identity.shard == shard)
-        given_up = self.engine.withdraw(set(of_shard[count // 2 :]))
+        given_up = self.engine.withdraw(set(of_shard[-max(1, round(count * share)) :]))
         with self._changed:
             for identity in given_up:
                 collector = self._collectors.pop(identity, None)

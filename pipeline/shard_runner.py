@@ -124,12 +124,15 @@ class ShardRunner:
         num_committed = sum(info.num_completions for info in commits)
         return ShardOutcome(shard.index, tuple(commits), num_committed == collector.num_expected)
 
-    def release(self) -> Released | None:
-        """Gives up half of what has not been started of a shard; None if all has been.
+    def release(self, share: float) -> Released | None:
+        """Gives up part of what has not been started of a shard; None if all has been.
 
         Blocks for a step of the engine.
+
+        Args:
+            share: of it, from 0 to 1.
         """
-        released = self._engine.release()
+        released = self._engine.release(share)
         if not released:
             return None
         positions = [each.row * self._num_samples + each.sample for each in released]

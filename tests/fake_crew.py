@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from jobs.crew import Crew, Event, RowsReleased, ShardDone, WorkerLost
 from jobs.driver import Driver
@@ -137,13 +138,8 @@ class FakeCrew(Crew):
         super().hand(worker, shard, rows)
         self._count_unstarted()
 
-    def _ask(
-        self,
-        member: Member,
-        method: str,
-        shard: Shard | None = None,
-        rows: RowRange | None = None,
-    ) -> None:
+    def _ask(self, member: Member, method: str, *arguments: Any) -> None:
+        shard, rows = arguments if method == "run" else (None, None)
         reference = object()
         member.calls[reference] = (method, shard)
         self._calls.append((member, reference, shard, rows))

@@ -18,10 +18,12 @@ from jobs import crew as crew_module
 from jobs.beacon import light
 from jobs.cluster import WorkerShape
 from jobs.crew import Crew, Event, RowsReleased, ShardDone, WorkerLost, WorkerReady
+from jobs.member import Member
 from jobs.worker import Worker, WorkerSpec
 from pipeline.checkpoint import fetch
 from pipeline.errors import ModelError, ResourceError
-from pipeline.outcome import WorkerInfo
+from pipeline.metrics import EngineMetrics
+from pipeline.outcome import Progress, WorkerInfo
 from pipeline.records import Sampling
 from pipeline.segments import missing_positions
 from pipeline.settings import EngineSettings, ModelSettings, PromptSettings
@@ -142,6 +144,33 @@ def test_a_worker_is_offered_as_many_shards_as_it_holds(tmp_path: Path) -> None:
         for member in crew._members:
             member.is_ready = True
         assert list(crew.free_places()) == places
+
+
+def test_the_slowest_is_asked_for_what_suits_the_speeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the one with most rows; each once at a time, and none where nothing is left to begin."""
+    shard = SmallJob(tmp_path).manifest.shard(0)
+    crew = Crew(_spec(SmallJob(tmp_path), tmp_path), SHAPE, stall_timeout=60)
+    asked: list[tuple[int, float]] = []
+
+    def ask(member: Member, method: str, share: float) -> None:
+        member.calls[object()] = (method, None)
+        asked.append((member.index, share))
+
+    monkeypatch.setattr(crew, "_ask", ask)
+    crew._members = [Member(index, is_ready=True) for index in range(5)]
+    for member, speed, num_unstarted in zip(
+        crew._members, (4, 1, 3, 4, 2), (0, 50, 60, 0, 0), strict=True
+    ):
+        metrics = EngineMetrics(num_generated_tokens=10 * speed, decode_seconds=10.0)
+        member.progress = Progress(metrics, num_unstarted=num_unstarted)
+    for member in crew._members[1:3]:
+        member.calls[object()] = ("run", shard)
+    crew.share_out()
+    assert asked == [(1, 4 / 5), (2, 4 / 7)]
+    crew.share_out()
+    assert len(asked) == 2
 
 
 def test_a_worker_without_a_model_says_why(tmp_path: Path) -> None:

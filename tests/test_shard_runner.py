@@ -227,12 +227,12 @@ def test_what_is_released_is_done_by_another(tmp_path: Path) -> None:
         first = bench.start(bench.runner, bench.shard)
         _eventually(lambda: len(bench.engine.requests) == 6)
         assert bench.runner.progress().num_unstarted == 6
-        assert bench.runner.release() == Released(0, ((3, 6),))
-        assert bench.runner.release() == Released(0, ((1, 3),))
+        assert bench.runner.release(0.5) == Released(0, ((3, 6),))
+        assert bench.runner.release(0.5) == Released(0, ((1, 3),))
         bench.engine.allow(1)
         assert first.result(timeout=20).is_complete
         assert bench.committed() == [0]
-        assert bench.runner.release() is None
+        assert bench.runner.release(0.5) is None
 
         pieces = [replace(bench.shard, chosen=chosen) for chosen in (((3, 6),), ((1, 3),))]
         attempts = [
@@ -256,7 +256,7 @@ def test_all_may_be_released(tmp_path: Path) -> None:
     with _bench(tmp_path) as bench:
         attempt = bench.start(bench.runner, replace(bench.shard, chosen=((2, 3),)))
         _eventually(lambda: len(bench.engine.requests) == 1)
-        assert bench.runner.release() == Released(0, ((2, 3),))
+        assert bench.runner.release(0.5) == Released(0, ((2, 3),))
         outcome = attempt.result(timeout=20)
         assert (outcome.commits, outcome.is_complete) == ((), True)
 
@@ -267,7 +267,7 @@ def test_nothing_is_released_by_an_engine_that_has_ended(tmp_path: Path) -> None
         bench.start(bench.runner, bench.shard)
         _eventually(lambda: len(bench.engine.requests) == 6)
         bench.runner.drain()
-        assert bench.runner.release() is None
+        assert bench.runner.release(0.5) is None
         broken = SteppedEngine()
         runner = bench.new_runner(broken)
         broken.failure = RuntimeError("the device is gone")
@@ -276,7 +276,7 @@ def test_nothing_is_released_by_an_engine_that_has_ended(tmp_path: Path) -> None
         with pytest.raises(RuntimeError, match="the device is gone"):
             attempt.result(timeout=20)
         with pytest.raises(RuntimeError, match="the device is gone"):
-            runner.release()
+            runner.release(0.5)
 
 
 def test_a_broken_engine_is_told_to_everyone(tmp_path: Path) -> None:
