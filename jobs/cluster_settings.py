@@ -7,21 +7,29 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
+from jobs.cron_schedule import parse_schedule
 from jobs.durations import parse_duration
 from pipeline.block import Settings
 
 _SLURM_NAME = re.compile(r"[a-z][a-z0-9-]*")
 _SLURM_VALUE = re.compile(r"[!-~]+")
 _SLURM_QUOTES = frozenset("'\"\\#")
-_SLURM_OURS = frozenset(
+_SLURM_OURS = {
+    "time": "cluster.walltime",
+    "nodes": "cluster.nodes",
+    "gpus-per-node": "cluster.gpus_per_node",
+    "cpus-per-task": "cluster.cpus_per_node",
+    "mem": "cluster.memory",
+    "job-name": "name",
+}
+"""Options of sbatch that follow from these settings."""
+
+_SLURM_FIXED = frozenset(
     (
-        *("array", "dependency", "job-name", "open-mode", "signal", "time", "wrap"),
-        *("nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "mem"),
-        *("requeue", "no-requeue"),
+        *("array", "dependency", "open-mode", "signal", "wrap"),
+        *("ntasks", "ntasks-per-node", "requeue", "no-requeue"),
     )
 )
-_FIELD = r"[0-9A-Za-z*/,-]+"
-_SCHEDULE = re.compile(rf"{_FIELD}(?: {_FIELD}){{4}}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LABEL = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"
 
@@ -116,14 +124,7 @@ class ClusterSettings(Settings):
     @field_validator("schedule")
     @classmethod
     def _is_schedule(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        fields = " ".join(value.split())
-        if not _SCHEDULE.fullmatch(fields):
-            raise ValueError(
-                f"must be five fields as in a crontab, such as '0 2 * * *', got '{value}'"
-            )
-        return fields
+        return None if value is None else parse_schedule(value)
 
     @field_validator("env")
     @classmethod
@@ -141,7 +142,9 @@ class ClusterSettings(Settings):
             if not _SLURM_NAME.fullmatch(name):
                 raise ValueError(f"'{name}' is no long name of an sbatch option such as partition")
             if name in _SLURM_OURS:
-                raise ValueError(f"cannot take {name}: it follows from the other settings")
+                raise ValueError(f"cannot take {name}: set {_SLURM_OURS[name]} instead")
+            if name in _SLURM_FIXED:
+                raise ValueError(f"cannot take {name}: the script settles it itself")
             if not _SLURM_VALUE.fullmatch(text) or _SLURM_QUOTES & set(text):
                 raise ValueError(f"cannot take {name}: '{text}' has a space, quote, \\ or # in it")
         return value

@@ -20,8 +20,8 @@ def make_job(**cluster: Any) -> JobConfig:
             "name": "Solve.It_2",
             "input": {"path": "/data/in.parquet"},
             "prompt": {"template": "{{ q }}"},
-            "model": {"path": "/models/m"},
-            "output": {"path": "/runs/out"},
+            "model": {"path": "/data/models/m"},
+            "output": {"path": "/data/runs/out"},
             "cluster": cluster,
         }
     )

@@ -88,6 +88,36 @@ class TestKubernetes:
             kubernetes.render(make_submission(nodes=2, schedule="0 2 * * *", kuberay=KUBERAY))
 
     @pytest.mark.parametrize(
+        ("block", "values", "words"),
+        [
+            ("input", {"path": ["/data/a", "/home/b"]}, r"input\.path '/home/b': "),
+            ("input", {"dataset": "/saved"}, r"input\.dataset '/saved': "),
+            ("model", {"path": "/database/m"}, r"model\.path '/database/m': "),
+            ("model", {"path": "org/m", "adapter": "/l"}, r"model\.adapter '/l': "),
+            ("output", {"path": "/out"}, r"output\.path '/out': "),
+        ],
+    )
+    def test_paths_must_lie_on_the_claim(
+        self, block: str, values: dict[str, Any], words: str
+    ) -> None:
+        """The pods have no others; without a claim they may have what they like."""
+        for claim in (KUBERAY, {"image": "i"}):
+            job = make_job(kuberay=claim).model_dump(mode="json")
+            changed = JobConfig.model_validate(job | {block: values})
+            submission = Submission(changed, Path("/job.yaml"), ())
+            if claim is KUBERAY:
+                with pytest.raises(JobFileError, match=words + "the pods have the claim 'shared'"):
+                    kubernetes.render(submission)
+            else:
+                assert kubernetes.render(submission)
+
+    def test_hub_ids_and_urls_are_no_paths(self) -> None:
+        """They are the same everywhere."""
+        job = make_job(kuberay=KUBERAY).model_dump(mode="json")
+        job |= {"input": {"dataset": "org/d"}, "model": {"path": "org/m", "adapter": "org/l"}}
+        assert kubernetes.render(Submission(JobConfig.model_validate(job), Path("/job.yaml"), ()))
+
+    @pytest.mark.parametrize(
         ("state", "verbs"),
         [
             ("", ["get", "apply"]),

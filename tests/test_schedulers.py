@@ -310,9 +310,22 @@ class TestPrograms:
         ("walltime=0s", "'cluster.walltime' must be a duration"),
         ("schedule=nightly", "'cluster.schedule' must be five fields"),
         ("schedule='0 2 * * *; rm'", "'cluster.schedule' must be five fields"),
+        ("schedule='0 2 * * *;rm'", "'cluster.schedule' has '\\*;rm' as day of the week"),
+        ("schedule='99 * * * *'", "'cluster.schedule' has '99' as minute: .* 0 to 59"),
+        ("schedule='0 24 * * *'", "has '24' as hour: .* 0 to 23"),
+        ("schedule='0 0 0 * *'", "has '0' as day of the month: .* 1 to 31"),
+        ("schedule='0 0 1 13 *'", "has '13' as month: .* 1 to 12, jan to dec"),
+        ("schedule='0 0 1 mon *'", "has 'mon' as month"),
+        ("schedule='0 0 * * 8'", "has '8' as day of the week: .* 0 to 7, sun to sat"),
+        ("schedule='0 5-3 * * *'", "has '5-3' as hour, which goes backwards"),
+        ("schedule='*/0 * * * *'", "has '\\*/0' as minute, a step of 0"),
+        ("schedule='5/15 * * * *'", "has '5/15' as minute; write 5-59/15"),
+        ("schedule='0,, * * * *'", "has '' as minute"),
         ("memory=64", "'cluster.memory' must"),
         ("env={'a b': c}", "'a b' is no environment variable"),
-        ("slurm={nodes: 3}", "cannot take nodes"),
+        ("slurm={time: 60}", "cannot take time: set cluster.walltime instead"),
+        ("slurm={mem: 4G}", "cannot take mem: set cluster.memory instead"),
+        ("slurm={signal: B:USR1}", "cannot take signal: the script settles it itself"),
         ("slurm={partition: 'a b'}", "cannot take partition"),
         ("slurm={Partition: a}", "'Partition' is no long name"),
         ("node=2", "did you mean 'cluster.nodes'"),
@@ -322,6 +335,16 @@ def test_wrong_settings(job_file: Path, setting: str, words: str) -> None:
     """Each gets a sentence, before anything is rendered."""
     with pytest.raises(JobFileError, match=words):
         prepare_submission(job_file, [f"cluster.{setting}"])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    ["0 2 * * *", "*/15 8-18/2 1,15 jan-mar,DEC mon-Fri", "59 23 31 12 0,7", " 0  0 * * 7 "],
+)
+def test_schedules(job_file: Path, schedule: str) -> None:
+    """What cron takes is taken; only spaces are put right."""
+    submission = prepare_submission(job_file, [f"cluster.schedule='{schedule}'"])
+    assert submission.cluster.schedule == " ".join(schedule.split())
 
 
 def test_the_wheel_has_the_templates(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 from importlib.metadata import version
+from pathlib import PurePosixPath
 from typing import Any
 
 from jobs.cluster_settings import KuberaySettings
@@ -36,6 +37,7 @@ def render(submission: Submission) -> str:
     Raises:
         JobFileError: the job file does not say what Kubernetes needs to know.
     """
+    _check_paths(submission)
     job = _ray_job if submission.cluster.schedule is None else _cron_job
     return dump_yaml_documents(_config_map(submission), job(submission))
 
@@ -58,6 +60,22 @@ def send(submission: Submission) -> str:
         ):
             call([*where, "delete", *this])
     return call([*where, "apply", "--filename", "-"], text).strip()
+
+
+def _check_paths(submission: Submission) -> None:
+    """Refuses local paths that the pods would not find on the claim."""
+    kuberay, outside = _kuberay(submission), []
+    if kuberay.volume_claim is None:
+        return
+    for setting, path in submission.local_paths:
+        if not PurePosixPath(path).is_relative_to(kuberay.mount_path):
+            outside.append(f"{setting} '{path}'")
+    if outside:
+        raise JobFileError(
+            f"{submission.job_file}: {', '.join(outside)}: the pods have the claim "
+            f"'{kuberay.volume_claim}' at {kuberay.mount_path} (cluster.kuberay.mount_path), and "
+            "each local path of the job must lie below it, as the pods see it"
+        )
 
 
 def _ray_job(submission: Submission) -> Manifest:

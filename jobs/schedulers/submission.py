@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -63,6 +63,24 @@ class Submission:
         if self.cluster.python is not None:
             return self.cluster.env
         return {"PYTHONPATH": str(ROOT), **self.cluster.env}
+
+    @property
+    def local_paths(self) -> Iterator[tuple[str, str]]:
+        """Files and folders of the job by setting; hub ids and URLs are none.
+
+        In a loaded job a local path is whole, and a hub id never is.
+        """
+        job = self.job
+        inputs = (job.input.path,) if isinstance(job.input.path, str) else job.input.path or ()
+        adapters = job.model.adapter.named_paths.values() if job.model.adapter else ()
+        for setting, paths in (
+            ("input.path", inputs),
+            ("input.dataset", (job.input.dataset or "",)),
+            ("model.path", (job.model.path,)),
+            ("model.adapter", adapters),
+            ("output.path", (job.output.path,)),
+        ):
+            yield from ((setting, path) for path in paths if path.startswith("/"))
 
     @property
     def run_arguments(self) -> list[str]:
