@@ -190,10 +190,13 @@ def try_(job: Path, overrides: tuple[str, ...], num_rows: int, as_json: bool) ->
 @cli.command()
 @_FOLDER
 @click.option("--exit-code", is_flag=True, help="Exit with 75 while the job is not complete.")
-@click.option("--watch", is_flag=True, help="Show it again every 2 s until the job is complete.")
+@click.option("--watch", is_flag=True, help="Show it again every 2 s until nobody works on it.")
 @_JSON
 def status(folder: Path, exit_code: bool, watch: bool, as_json: bool) -> None:
-    """Show where a job stands, running or not."""
+    """Show where a job stands, running or not.
+
+    --watch ends with 75, as --exit-code does, when the job is not complete and nobody works on it.
+    """
     from jobs.status import read_status, watch_status
     from jobs.texts import status_text
 
@@ -201,7 +204,7 @@ def status(folder: Path, exit_code: bool, watch: bool, as_json: bool) -> None:
         if watch and sys.stdout.isatty():
             click.clear()
         print_facts(found, status_text, as_json)
-    if exit_code and not found.is_complete:
+    if (exit_code or watch) and not found.is_complete:
         sys.exit(StoppedError.exit_code)
 
 

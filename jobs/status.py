@@ -54,8 +54,10 @@ def read_status(folder: Path) -> Status:
     """
     ledger = Ledger.open(folder)
     manifest = ledger.manifest
-    state = _scan(ledger)
+    # Before anything is counted: if nobody is at work now, nothing comes after the count.
     owner = read_owner(folder)
+    is_at_work, is_complete = owner is not None and owner.is_alive(), ledger.is_complete
+    state = _scan(ledger)
     return Status(
         created=manifest.created,
         job=dict(manifest.job),
@@ -65,18 +67,18 @@ def read_status(folder: Path) -> Status:
         totals=state.totals,
         num_parts=manifest.num_parts,
         num_parts_done=state.num_parts_done,
-        is_complete=ledger.is_complete,
-        owner=owner if owner is not None and owner.is_alive() else None,
+        is_complete=is_complete,
+        owner=owner if is_at_work else None,
         retries=tuple(read_retries(ledger.folder)),
     )
 
 
 def watch_status(folder: Path) -> Iterator[Status]:
-    """As `read_status`, again and again until the job is complete and nobody works on it."""
+    """As `read_status`, again and again until nobody works on the job, complete or not."""
     while True:
         status = read_status(folder)
         yield status
-        if status.is_complete and status.owner is None:
+        if status.owner is None:
             return
         time.sleep(WATCH_INTERVAL)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -233,6 +234,16 @@ class TestRayJobs:
         assert '"RAY_JOB_STOP_WAIT_TIME_S": "90"' in line
         assert '"A": "b c"' in line
         assert line.endswith(" -P -m jobs run /jobs/job.yaml --max-walltime 8h\n")
+
+
+    def test_no_program_is_looked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Ray need not be on the PATH, nor beside the interpreter; where it is not, we say so."""
+        monkeypatch.setattr(sys, "executable", "/opt/python")
+        line = ray_jobs.render(make_submission())
+        assert line.startswith("/opt/python -P -m ray.scripts.scripts job submit ")
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ResourceError, match="needs Ray in the environment of /opt/python"):
+            ray_jobs.render(make_submission())
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import sys
-from pathlib import Path
 
 from jobs.schedulers.programs import attempt, call, checked
 from jobs.schedulers.submission import Submission
@@ -40,7 +40,7 @@ def send(submission: Submission) -> str:
             return f"submitted as {identity}; follow it with: ray job logs --follow {identity}"
         if "already exists" not in done.stdout + done.stderr:
             checked(done)
-        status = call([_ray(), "job", "status", *_address(submission), identity])
+        status = call([*_ray(), "job", "status", *_address(submission), identity])
         if f"Status for job '{identity}'" in status:  # what Ray says of one that has not ended
             return f"{identity} is there already and has not ended; nothing was sent"
     raise ResourceError(
@@ -53,7 +53,7 @@ def _submit(submission: Submission, number: int) -> list[str]:
     variables = {**submission.environment, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
     walltime = submission.cluster.walltime
     return [
-        *(_ray(), "job", "submit", "--no-wait", *_address(submission)),
+        *(*_ray(), "job", "submit", "--no-wait", *_address(submission)),
         *("--submission-id", _identity(submission, number)),
         *("--runtime-env-json", json.dumps({"env_vars": variables})),
         *("--", *submission.command),
@@ -70,7 +70,15 @@ def _address(submission: Submission) -> list[str]:
     return [] if address is None else ["--address", address]
 
 
-def _ray() -> str:
-    """Of the Ray that Shardmill runs on, wherever the PATH leads."""
-    beside = Path(sys.executable).with_name("ray")
-    return str(beside) if beside.exists() else "ray"
+def _ray() -> list[str]:
+    """Of the Ray that Shardmill runs on, wherever the PATH leads.
+
+    Raises:
+        ResourceError: there is none.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ResourceError(
+            f"--to ray needs Ray in the environment of {sys.executable}, where it is missing; "
+            "install it there with: pip install 'ray[default]'"
+        )
+    return [sys.executable, "-P", "-m", "ray.scripts.scripts"]
