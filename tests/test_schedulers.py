@@ -235,7 +235,6 @@ class TestRayJobs:
         assert '"A": "b c"' in line
         assert line.endswith(" -P -m jobs run /jobs/job.yaml --max-walltime 8h\n")
 
-
     def test_no_program_is_looked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Ray need not be on the PATH, nor beside the interpreter; where it is not, we say so."""
         monkeypatch.setattr(sys, "executable", "/opt/python")

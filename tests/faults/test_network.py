@@ -27,7 +27,12 @@ from tests.small_jobs import (
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
-NUM_ROWS = 800
+FEW, MANY = 800, 1600
+"""Rows: enough for two workers to share, and for one to be busy until a lost node is back."""
+
+LONG_LIMIT = 300.0
+"""Seconds for a run that loses nodes, on a busy machine."""
+
 SHORT = 3.0
 """Seconds: Ray takes a node for dead after about ten."""
 
@@ -49,11 +54,11 @@ def machines(scratch: Path, reason: str | None) -> Iterator[list[Host]]:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Path:
-    """A job of 25 shards that lasts for some time; each test has an output of its own."""
+    """A job of shards of 32 rows; each test has an output of its own."""
     return write_job(
         tmp_path_factory.mktemp("network"),
         llama_folder,
-        questions(NUM_ROWS),
+        questions(MANY),
         generation={"max_new_tokens": 60},
         engine={"batch_size": 1},
     )
@@ -68,23 +73,24 @@ def undisturbed(job: Path) -> pa.Table:
     return read_output(other)
 
 
-def _start(cluster: Cluster, job: Path, output: Path) -> subprocess.Popen[str]:
+def _start(cluster: Cluster, job: Path, output: Path, rows: int) -> subprocess.Popen[str]:
     """The run, on the head's host, as soon as the nodes are there."""
     address = ("--ray-address", cluster.address, "--ray-nodes", 3)
     return start(
-        *("run", job, "--output", output, *address),
+        *("run", job, "--output", output, "--limit", rows, *address),
         command=cluster.head.inside(sys.executable),
         **cluster.environment,
     )
 
 
-def _prove(job: Path, output: Path, undisturbed: pa.Table) -> None:
+def _prove(job: Path, output: Path, expected: pa.Table) -> None:
     """Complete and right, and so it stays when the same command is run once more."""
+    again = ("run", job, "--output", output, "--limit", expected.num_rows)
     for _ in range(2):
         proof = shardmill("verify", output)
         assert proof.code == 0, proof.stdout
-        assert read_output(output).equals(undisturbed)
-        assert shardmill("run", job, "--output", output).code == 0
+        assert read_output(output).equals(expected)
+        assert shardmill(*again).code == 0
 
 
 def _log(output: Path) -> str:
@@ -102,12 +108,12 @@ def test_the_whole_job(
 ) -> None:
     """Both nodes work, on hosts that share nothing but the files."""
     with Cluster(*machines[:3]) as cluster:
-        result = finish(_start(cluster, job, tmp_path / "out"))
+        result = finish(_start(cluster, job, tmp_path / "out", FEW))
     assert result.code == 0, result.stderr
     assert "without a token" not in result.stderr
     assert {worker["node"] for worker in _workers(tmp_path / "out")} == {"host1", "host2"}
     assert all(worker["num_generated_tokens"] for worker in _workers(tmp_path / "out"))
-    _prove(job, tmp_path / "out", undisturbed)
+    _prove(job, tmp_path / "out", undisturbed.slice(0, FEW))
 
 
 def test_a_node_is_cut_off_and_comes_back(
@@ -117,16 +123,35 @@ def test_a_node_is_cut_off_and_comes_back(
     output = tmp_path / "out"
     node = machines[1]
     with Cluster(*machines[:3]) as cluster:
-        process = _start(cluster, job, output)
+        process = _start(cluster, job, output, MANY)
         wait_until(lambda: num_segments(output) >= 2, process)
         node.cut()
         wait_until(lambda: "was lost" in _log(output), process)
         node.restore()
         cluster.rejoin(node)
-        result = finish(process)
+        result = finish(process, LONG_LIMIT)
     assert result.code == 0, result.stderr
     assert len(re.findall(r"worker \d on host1: ", result.stderr)) == 2, result.stderr
     _prove(job, output, undisturbed)
+
+
+def test_the_head_is_cut_off(
+    machines: list[Host], job: Path, tmp_path: Path, undisturbed: pa.Table
+) -> None:
+    """All nodes but its own are gone for Ray; the run waits until they have started anew."""
+    output = tmp_path / "out"
+    head, *nodes, _ = machines
+    with Cluster(head, *nodes) as cluster:
+        process = _start(cluster, job, output, FEW)
+        wait_until(lambda: num_segments(output) >= 2, process)
+        head.cut()
+        wait_until(lambda: all(f"worker {n} was lost" in _log(output) for n in (0, 1)), process)
+        head.restore()
+        for node in nodes:
+            cluster.rejoin(node)
+        result = finish(process, LONG_LIMIT)
+    assert result.code == 0, result.stderr
+    _prove(job, output, undisturbed.slice(0, FEW))
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -136,7 +161,7 @@ def test_a_short_cut_costs_nothing(
     """Nobody is given up, be it the driver's host that was cut off or a worker's."""
     output = tmp_path / "out"
     with Cluster(*machines[:3]) as cluster:
-        process = _start(cluster, job, output)
+        process = _start(cluster, job, output, FEW)
         wait_until(lambda: num_segments(output) >= 2, process)
         machines[index].cut()
         time.sleep(SHORT)
@@ -144,7 +169,7 @@ def test_a_short_cut_costs_nothing(
         result = finish(process)
     assert result.code == 0, result.stderr
     assert "lost" not in result.stderr
-    _prove(job, output, undisturbed)
+    _prove(job, output, undisturbed.slice(0, FEW))
 
 
 def test_a_node_dies_and_another_joins(
@@ -153,11 +178,11 @@ def test_a_node_dies_and_another_joins(
     """Half-way: what the one held is done elsewhere, and the new one gets its worker."""
     output = tmp_path / "out"
     with Cluster(*machines[:3]) as cluster:
-        process = _start(cluster, job, output)
+        process = _start(cluster, job, output, MANY)
         wait_until(lambda: num_segments(output) >= 2, process)
         machines[1].kill()
         cluster.add(machines[3])
-        result = finish(process)
+        result = finish(process, LONG_LIMIT)
     assert result.code == 0, result.stderr
     assert re.search(r"worker \d on host3: ", result.stderr), result.stderr
     _prove(job, output, undisturbed)
