@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import ray
@@ -29,13 +30,9 @@ _VITAL = frozenset({"gcs_server", "raylet"})
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What the cluster has.
+    """What the cluster has, node by node."""
 
-    Attributes:
-        gpus: of each node.
-    """
-
-    num_cpus: int
+    cpus: tuple[int, ...]
     gpus: tuple[int, ...]
 
     @property
@@ -68,10 +65,10 @@ class WorkerShape:
 
     def places(self, resources: Resources) -> int:
         """Workers that a cluster has room for, as many as there may be."""
-        room = int(resources.num_cpus // self.num_cpus)
         if self.num_gpus:
-            room = resources.room_for(self.num_gpus)
-        return min(self.most, room)
+            return min(self.most, resources.room_for(self.num_gpus))
+        # A little more than nothing is added, since 1 // 0.1 is 9.
+        return min(self.most, sum(int(cores / self.num_cpus + 1e-6) for cores in resources.cpus))
 
 
 @contextmanager
@@ -108,7 +105,7 @@ def resources() -> Resources:
         if node["Alive"]
     ]
     return Resources(
-        num_cpus=int(sum(node.get("CPU", 0) for node in nodes)),
+        cpus=tuple(int(node.get("CPU", 0)) for node in nodes),
         gpus=tuple(int(node.get("GPU", 0)) for node in nodes),
     )
 
@@ -181,9 +178,9 @@ def num_cores() -> int:
 def shape_workers(settings: WorkersSettings, resources: Resources, num_shards: int) -> WorkerShape:
     """Divides the cluster among workers.
 
-    With GPUs, auto is one worker per GPU. On CPU alone it is a thread for each eight cores and
-    worker, because small products gain more from a second worker than from a second thread. There
-    are never more workers than shards: a worker without one would load a model for nothing.
+    With GPUs, auto is one worker per GPU. On CPU alone a worker has a thread for each eight cores
+    of its node, because small products gain more from a second worker than from a second thread.
+    There are never more workers than shards: a worker without one would load a model for nothing.
 
     Raises:
         ResourceError: the job asks for more GPUs than there are, or than a node has.
@@ -200,17 +197,30 @@ def shape_workers(settings: WorkersSettings, resources: Resources, num_shards: i
         most = num_shards if settings.count == "auto" else count
         beside = min(count, max(gpus // num_gpus for gpus in resources.gpus))
         return WorkerShape(count, num_gpus, 1, num_threads=1, most=most, num_per_node=beside)
-    cores = max(1, resources.num_cpus)
-    count = min(_wanted(settings, cores // max(1, cores // 8)), num_shards)
-    num_cpus = cores // count if count <= cores else cores / count
+    nodes = [cores for cores in resources.cpus if cores] or [1]
+    room = sum(cores // max(1, cores // 8) for cores in nodes)
+    count = min(_wanted(settings, room), num_shards)
+    num_cpus = _share(nodes, count)
     return WorkerShape(
         count,
         num_gpus=0,
         num_cpus=num_cpus,
-        num_threads=max(1, cores // count),
+        num_threads=max(1, int(num_cpus)),
         most=num_shards if settings.count == "auto" else count,
-        num_per_node=max(1, count // len(resources.gpus)),
+        num_per_node=max(1, count // len(nodes)),
     )
+
+
+def _share(nodes: Sequence[int], count: int) -> float:
+    """The most cores that each of so many workers finds on one node; whole ones, or below 1."""
+    shares = {Fraction(cores, part) for cores in nodes for part in range(1, count + 1)}
+    fitting = (
+        share
+        for share in sorted(shares, reverse=True)
+        if sum(cores // share for cores in nodes) >= count
+    )
+    share = next(fitting)
+    return int(share) if share >= 1 else float(share)
 
 
 def _no_gpus(settings: WorkersSettings, num_gpus: int, wanted: int, resources: Resources) -> str:

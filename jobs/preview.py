@@ -111,7 +111,7 @@ def check_can_run(job: JobConfig) -> None:
     """
     output = Path(job.output.path)
     check_output(output)
-    here = Resources(num_cores(), (torch.cuda.device_count(),))
+    here = Resources((num_cores(),), (torch.cuda.device_count(),))
     check_offload(job.model, shape_workers(job.workers, here, num_shards=1).num_gpus)
     if RunFolder(output).manifest.exists():
         ledger = Ledger.open(output)

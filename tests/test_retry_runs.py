@@ -169,7 +169,7 @@ def test_gpus_that_are_not_there_leave_no_retry(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What cannot start is refused, and the next retry may be another one."""
-    monkeypatch.setattr("jobs.run.ray_cluster", lambda _: nullcontext(Resources(2, (0,))))
+    monkeypatch.setattr("jobs.run.ray_cluster", lambda _: nullcontext(Resources((2,), (0,))))
     with pytest.raises(ResourceError, match=r"workers\.gpus_per_worker"):
         _retry(folder, (), "workers.gpus_per_worker=1")
     assert read_retries(RunFolder(folder)) == []

@@ -30,8 +30,8 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 FEW, MANY = 800, 1600
 """Rows: enough for two workers to share, and for one to be busy until a lost node is back."""
 
-LONG_LIMIT = 300.0
-"""Seconds for a run that loses nodes, on a busy machine."""
+LIMIT = 300.0
+"""Seconds for a run, on a busy machine."""
 
 SHORT = 3.0
 """Seconds: Ray takes a node for dead after about ten."""
@@ -108,12 +108,22 @@ def test_the_whole_job(
 ) -> None:
     """Both nodes work, on hosts that share nothing but the files."""
     with Cluster(*machines[:3]) as cluster:
-        result = finish(_start(cluster, job, tmp_path / "out", FEW))
+        result = finish(_start(cluster, job, tmp_path / "out", FEW), LIMIT)
     assert result.code == 0, result.stderr
     assert "without a token" not in result.stderr
     assert {worker["node"] for worker in _workers(tmp_path / "out")} == {"host1", "host2"}
     assert all(worker["num_generated_tokens"] for worker in _workers(tmp_path / "out"))
     _prove(job, tmp_path / "out", undisturbed.slice(0, FEW))
+
+
+def test_fewer_workers_than_nodes(
+    machines: list[Host], job: Path, tmp_path: Path, undisturbed: pa.Table
+) -> None:
+    """A single shard is one worker's, which asks for no more cores than a node has."""
+    with Cluster(*machines[:3]) as cluster:
+        result = finish(_start(cluster, job, tmp_path / "out", 20), LIMIT)
+    assert result.code == 0, result.stderr
+    _prove(job, tmp_path / "out", undisturbed.slice(0, 20))
 
 
 def test_a_node_is_cut_off_and_comes_back(
@@ -129,7 +139,7 @@ def test_a_node_is_cut_off_and_comes_back(
         wait_until(lambda: "was lost" in _log(output), process)
         node.restore()
         cluster.rejoin(node)
-        result = finish(process, LONG_LIMIT)
+        result = finish(process, LIMIT)
     assert result.code == 0, result.stderr
     assert len(re.findall(r"worker \d on host1: ", result.stderr)) == 2, result.stderr
     _prove(job, output, undisturbed)
@@ -149,7 +159,7 @@ def test_the_head_is_cut_off(
         head.restore()
         for node in nodes:
             cluster.rejoin(node)
-        result = finish(process, LONG_LIMIT)
+        result = finish(process, LIMIT)
     assert result.code == 0, result.stderr
     _prove(job, output, undisturbed.slice(0, FEW))
 
@@ -166,7 +176,7 @@ def test_a_short_cut_costs_nothing(
         machines[index].cut()
         time.sleep(SHORT)
         machines[index].restore()
-        result = finish(process)
+        result = finish(process, LIMIT)
     assert result.code == 0, result.stderr
     assert "lost" not in result.stderr
     _prove(job, output, undisturbed.slice(0, FEW))
@@ -182,7 +192,7 @@ def test_a_node_dies_and_another_joins(
         wait_until(lambda: num_segments(output) >= 2, process)
         machines[1].kill()
         cluster.add(machines[3])
-        result = finish(process, LONG_LIMIT)
+        result = finish(process, LIMIT)
     assert result.code == 0, result.stderr
     assert re.search(r"worker \d on host3: ", result.stderr), result.stderr
     _prove(job, output, undisturbed)
