@@ -133,4 +133,4 @@ def test_workers_with_gpus_that_share_a_node_are_counted(
 ) -> None:
     """As many as the node with most GPUs can have: what their models spill is there together."""
     settings = WorkersSettings(count=count, gpus_per_worker=gpus_per_worker)
-    assert shape_workers(settings, Resources(16, (4, 2)), MANY_SHARDS).num_per_node == beside
+    assert shape_workers(settings, Resources((16, 16), (4, 2)), MANY_SHARDS).num_per_node == beside
