@@ -213,7 +213,7 @@ def shape_workers(settings: WorkersSettings, resources: Resources, num_shards: i
 
 def _share(nodes: Sequence[int], count: int) -> float:
     """The most cores that each of so many workers finds on one node; whole ones, or below 1."""
-    shares = {Fraction(cores, part) for cores in nodes for part in range(1, count + 1)}
+    shares = {Fraction(cores, part) for cores in set(nodes) for part in range(1, count + 1)}
     fitting = (
         share
         for share in sorted(shares, reverse=True)

@@ -77,11 +77,16 @@ class WorkerReady:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """A worker is gone, with the shards it held."""
+    """A worker is gone, with the shards it held.
+
+    Attributes:
+        with_node: its whole node is gone, or cannot be reached any more.
+    """
 
     worker: int
     shards: tuple[Shard, ...]
     cause: str
+    with_node: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,9 @@ class RowsReleased:
     worker: int
     released: Released
 
+
+_NODE_DIED = "its node has died"
+"""What Ray's error says of an actor that was lost with its node."""
 
 Event = ShardDone | WorkerReady | WorkerLost | RowsReleased
 
@@ -300,7 +308,7 @@ class Crew:
             logger.error(
                 "worker %d was lost in %s:\n%s", member.index, method, error, extra=FILE_ONLY
             )
-            return [self._lose(member, _cause(error))]
+            return [self._lose(member, _cause(error), with_node=_NODE_DIED in str(error))]
         del member.calls[ref]
         return self._take(member, method, shard, answer)
 
@@ -365,9 +373,9 @@ class Crew:
             return [self._lose(member, f"it stood still for {self._stall_timeout:.0f} s")]
         return []
 
-    def _lose(self, member: Member, cause: str) -> WorkerLost:
+    def _lose(self, member: Member, cause: str, *, with_node: bool = False) -> WorkerLost:
         ray.kill(member.actor, no_restart=True)
-        event = WorkerLost(member.index, tuple(member.shards()), cause)
+        event = WorkerLost(member.index, tuple(member.shards()), cause, with_node)
         member.calls.clear()  # their answers are errors now, and the shards go elsewhere
         self._members[member.index] = member.emptied()
         return event
@@ -377,6 +385,8 @@ def _cause(error: RayError) -> str:
     """Why a worker was lost, in words that can stand in the output."""
     if isinstance(error, OutOfMemoryError):
         return "its machine ran out of memory"
+    if _NODE_DIED in str(error):
+        return "its node was lost, or could not be reached"
     if isinstance(error, ActorUnavailableError):
         return "it could not be reached"
     return "its process died" if isinstance(error, RayActorError) else type(error).__name__

@@ -67,6 +67,7 @@ class Driver:
         self._shards = self.recorder.shards_left()
         self._again: deque[Shard] = deque()
         self._suspects = Suspects()
+        self._lost_with_node: set[int] = set()
         self._losses = Losses(self.crew.num_workers)
         self._num_generated = self._committed().num_generated
         self._has_generated = False
@@ -228,8 +229,19 @@ class Driver:
         )
         for shard in event.shards:
             missing = self.recorder.missing_rows(shard)
-            self._suspects.lost(shard, missing, event.worker, event.cause)
+            if self._is_nodes_fault(event, shard):
+                self._again.append(shard)
+            else:
+                self._suspects.lost(shard, missing, event.worker, event.cause)
         self._losses.add(event.cause, held_rows=bool(event.shards))
+
+    def _is_nodes_fault(self, event: WorkerLost, shard: Shard) -> bool:
+        """Nodes come and go, and their rows need not run alone; unless it happens to them again."""
+        if not event.with_node or self._suspects.has(event.worker):
+            return False
+        is_first = shard.index not in self._lost_with_node
+        self._lost_with_node.add(shard.index)
+        return is_first
 
     def _report(self) -> None:
         committed = self._committed()

@@ -84,6 +84,10 @@ class Suspects:
         self._waiting.remove(suspect)
         self._running[worker] = suspect
 
+    def has(self, worker: int) -> bool:
+        """Whether a worker runs a suspect."""
+        return worker in self._running
+
     def describe(self, worker: int, shard: Shard) -> str:
         """The rows of this shard that a worker holds, for people."""
         suspect = self._running.get(worker)

@@ -52,9 +52,9 @@ def halves(rows: list[int]) -> tuple[list[int], list[int]]:
     return rows[: len(rows) // 2], rows[len(rows) // 2 :]
 
 
-def lost(worker: int = 0) -> WorkerLost:
+def lost(worker: int = 0, *, with_node: bool = False) -> WorkerLost:
     """The answer of a worker that dies; what it held is filled in."""
-    return WorkerLost(worker, (), "killed")
+    return WorkerLost(worker, (), "killed", with_node)
 
 
 def always_done(worker: int, shard: Shard, rows: list[int], only: RowRange | None) -> Event:
@@ -163,7 +163,7 @@ class FakeCrew(Crew):
             self.num_lost += 1
             self._calls = [call for call in self._calls if call[0] is not member]
             self._members[member.index] = member.emptied()
-            return [WorkerLost(member.index, tuple(member.shards()), event.cause)]
+            return [replace(event, worker=member.index, shards=tuple(member.shards()))]
         del member.calls[reference]
         member.is_alone = False
         self._count_unstarted()

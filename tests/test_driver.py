@@ -127,6 +127,25 @@ def test_a_machine_that_goes_takes_no_run_with_it() -> None:
     assert sorted(recorder.completed) == list(range(100))
 
 
+def test_rows_lost_with_a_node_run_beside_others_again() -> None:
+    """Once: a row that takes its node with it every time is found like any other that kills."""
+    first = iter([3])
+
+    def answer(worker: int, shard: Shard, rows: list[int], only: RowRange | None) -> Event:
+        is_error = only is not None and only.error is not None
+        if (shard.index == 3 and next(first, None)) or ("in#55" in map(shard.row_id, rows)):
+            return done(shard, rows, errors=len(rows)) if is_error else lost(with_node=True)
+        return done(shard, rows)
+
+    driver, crew, recorder = make_driver(answer, make_shards(9), max_failed=1)
+    driver.run()
+    assert [rows for _, shard, rows in crew.handed if shard == 3] == [None, None]
+    of_killer = [rows for _, shard, rows in crew.handed if shard == 5]
+    assert of_killer[:3] == [None, None, RowRange(0, ROWS)]
+    assert recorder.failed == {"in#55"}
+    assert sorted(recorder.completed) == list(range(9))
+
+
 @given(
     st.integers(1, 4),
     st.integers(1, 6),
