@@ -7,6 +7,7 @@ starts and from the workers' answers afterwards; if it dies, the folder still te
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 WAIT = 0.5
 """Seconds to wait for an event before looking at signals and limits again."""
+
+REPORT_INTERVAL = 0.5
+"""Seconds between two reports, which add up the figures of all workers."""
 
 
 def check_failed(totals: Totals, max_failed: int) -> None:
@@ -74,6 +78,7 @@ class Driver:
         self._is_handed_out = False
         self._rate = Rate()
         self._ready_at: float | None = None
+        self._reported_at = -math.inf
 
     @property
     def seconds_generating(self) -> float:
@@ -98,7 +103,8 @@ class Driver:
                 self._handle(event)
             self._look_for_success()
             self._look_for_orphans()
-            self._report()
+            if time.monotonic() - self._reported_at >= REPORT_INTERVAL:
+                self._report()
         self.crew.refresh()
         self._report()
 
@@ -244,6 +250,7 @@ class Driver:
         return is_first
 
     def _report(self) -> None:
+        self._reported_at = time.monotonic()
         committed = self._committed()
         num_done = min(committed.num_completions, self.num_completions)
         rate = self._rate.update(self.crew.num_generated_tokens, num_done)

@@ -19,11 +19,13 @@ from jobs.lock import RunLock
 from jobs.manifest import FORMAT_VERSION, Manifest
 from jobs.parts import PartInfo, read_part, roll_up
 from jobs.state import JobState
+from jobs.tally import note, read_notes, stamp_of
 from pipeline.errors import DamagedOutputError, InputError, JobDiffersError, OutputError
 from pipeline.folder import RunFolder
 from pipeline.publish import output_errors, sync_folder, write_json
 from pipeline.segments import (
     SegmentInfo,
+    Totals,
     count_commits,
     list_segments,
     read_info,
@@ -77,6 +79,8 @@ class Ledger:
     def scan(self) -> JobState:
         """Which shards and parts are done; the segments of published parts are not opened.
 
+        Neither are parts that the tally knows.
+
         Raises:
             DamagedOutputError: a part or segment is torn, another job's, or missing in a sequence.
             FileNotFoundError: a driver rolled up a part meanwhile; impossible under the lock.
@@ -84,10 +88,9 @@ class Ledger:
         state = JobState(self.manifest)
         # Segments before parts: what moves from one to the other meanwhile is seen at least once.
         segments = list_segments(self.folder)
+        for part, totals in self._published().items():
+            state.add_part(part, totals)
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-            parts = [part for part in range(self.manifest.num_parts) if self.has_part(part)]
-            for part in pool.map(self._read_part, parts):
-                state.add_part(part)
             names = [
                 segment_name(shard, commit)
                 for shard, commits in segments.items()
@@ -108,7 +111,17 @@ class Ledger:
 
     def roll_up(self, part: int) -> PartInfo:
         """Publish a part whose shards are complete; see `jobs.parts.roll_up`."""
-        return roll_up(self.folder, self.manifest, part)
+        info = roll_up(self.folder, self.manifest, part)
+        self.note(info)
+        return info
+
+    def note(self, info: PartInfo) -> None:
+        """Put in the tally what a part holds that has just been published.
+
+        Raises:
+            OutputError: the operating system refuses.
+        """
+        note(self.folder, self.manifest.part_name(info.part), info.part, info.totals)
 
     def sweep(self) -> None:
         """Remove what dead processes left in `tmp`, and the segments of published parts.
@@ -125,6 +138,21 @@ class Ledger:
                 if self.is_rolled_up(shard):
                     for commit in commits:
                         (self.folder.segments / segment_name(shard, commit)).unlink()
+
+    def _published(self) -> dict[int, Totals]:
+        """What the published parts hold."""
+        notes, root = read_notes(self.folder), self.folder.root
+        totals: dict[int, Totals] = {}
+        unknown: list[int] = []
+        for part in range(self.manifest.num_parts):
+            stamp = stamp_of(root / self.manifest.part_name(part))
+            if stamp is not None and (part, stamp) in notes:
+                totals[part] = notes[part, stamp]
+            elif stamp is not None:
+                unknown.append(part)
+        with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+            totals |= {info.part: info.totals for info in pool.map(self._read_part, unknown)}
+        return totals
 
     def _read_part(self, part: int) -> PartInfo:
         return read_part(self.folder, self.manifest, part)

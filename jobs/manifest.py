@@ -74,13 +74,22 @@ class Manifest(Settings):
         """Shards of the job."""
         return self._shard_ends[-1] if self.files else 0
 
+    @cached_property
+    def _row_ends(self) -> list[int]:
+        return list(accumulate(file.num_rows for file in self.files))
+
     def shard(self, index: int) -> Shard:
         """The `index`-th shard, from 0."""
-        position = bisect_right(self._shard_ends, index)
-        before = self._shard_ends[position - 1] if position else 0
-        file, first_row = self.files[position], (index - before) * self.shard_rows
+        position, first_row = self._place(index)
+        file = self.files[position]
         num_rows = min(self.shard_rows, file.num_rows - first_row)
         return Shard(index, file.path, file.name, first_row, num_rows)
+
+    def _place(self, shard: int) -> tuple[int, int]:
+        """The number of a shard's file, and its first row there."""
+        position = bisect_right(self._shard_ends, shard)
+        before = self._shard_ends[position - 1] if position else 0
+        return position, (shard - before) * self.shard_rows
 
     def shard_completions(self, index: int) -> int:
         """Output rows of the `index`-th shard."""
@@ -95,6 +104,18 @@ class Manifest(Settings):
         """The shards of the `part`-th output file, from 0."""
         first = part * self.shards_per_part
         return range(first, min(first + self.shards_per_part, self.num_shards))
+
+    def part_completions(self, part: int) -> int:
+        """Output rows of the `part`-th output file; no shard is looked at."""
+        shards = self.part_shards(part)
+        return (self._rows_before(shards.stop) - self._rows_before(shards.start)) * self.num_samples
+
+    def _rows_before(self, shard: int) -> int:
+        """Input rows of all shards before this one, which may be one after the last."""
+        if shard == self.num_shards:
+            return self.num_rows
+        position, first_row = self._place(shard)
+        return (self._row_ends[position - 1] if position else 0) + first_row
 
     def part_of(self, shard: int) -> int:
         """The part that holds a shard."""

@@ -106,7 +106,7 @@ def read_part_file(path: Path, manifest: Manifest, part: int) -> PartInfo:
         expected = (part, manifest.fingerprint, shards.start, len(shards))
         if (info.part, info.fingerprint, info.first_shard, info.num_shards) != expected:
             raise pa.ArrowInvalid("its footer names another part or another job")
-        num_rows = sum(manifest.shard_completions(shard) for shard in shards)
+        num_rows = manifest.part_completions(part)
         if not file.metadata.num_rows == info.totals.num_completions == num_rows:
             raise pa.ArrowInvalid(f"it has {file.metadata.num_rows} rows instead of {num_rows}")
         if not file.schema_arrow.equals(manifest.arrow_schema):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -32,7 +33,7 @@ class Recorder:
         self._state = ledger.scan()
         # One thread: roll-ups are bound by the disk, and come in order.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="roll-up")
-        self._roll_ups: dict[int, Future[PartInfo]] = {}
+        self._roll_ups: deque[Future[PartInfo]] = deque()
 
     def __enter__(self) -> Recorder:
         self._roll_up_ready_parts()
@@ -98,20 +99,18 @@ class Recorder:
 
     def wait(self) -> None:
         """Waits for the roll-ups; raises what has gone wrong in them."""
-        for part, future in list(self._roll_ups.items()):
-            future.result()
-            self._forget(part)
+        while self._roll_ups:
+            self._finish_roll_up()
 
     def _roll_up_ready_parts(self) -> None:
-        for part in self._state.ready_parts():
-            if part not in self._roll_ups:
-                self._roll_ups[part] = self._pool.submit(self._ledger.roll_up, part)
-        for part, future in list(self._roll_ups.items()):
-            if future.done():
-                future.result()
-                self._forget(part)
+        for part in self._state.take_ready_parts():
+            self._roll_ups.append(self._pool.submit(self._ledger.roll_up, part))
+        while self._roll_ups and self._roll_ups[0].done():
+            self._finish_roll_up()
 
-    def _forget(self, part: int) -> None:
+    def _finish_roll_up(self) -> None:
+        """Takes note of the oldest roll-up; waits for it."""
+        part = self._roll_ups[0].result().part
+        self._roll_ups.popleft()
         self._state.mark_part(part)
-        del self._roll_ups[part]
         logger.info("%s is complete", self._ledger.manifest.part_name(part))

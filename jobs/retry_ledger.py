@@ -129,14 +129,13 @@ class RetryLedger(Ledger):
         """
         manifest, root = self.base.manifest, self.base.folder.root
         info = self._replace(parts.read_part(self.base.folder, manifest, part))
+        self.base.note(info)
         with output_errors(root):
             parts.remove_segments(self.folder, manifest.part_shards(part))
         return info
 
-    def _read_part(self, part: int) -> PartInfo:
-        shards = self.manifest.part_shards(part)
-        made = self.made[part]
-        return PartInfo(part, self.manifest.fingerprint, shards.start, len(shards), made)
+    def _published(self) -> dict[int, Totals]:
+        return dict(self.made)
 
     def _replace(self, old: PartInfo) -> PartInfo:
         manifest, root = self.base.manifest, self.base.folder.root

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from jobs.manifest import Manifest
-from jobs.parts import PartInfo
 from pipeline.segments import SegmentInfo, Totals, missing_positions
 
 
 class JobState:
     """What is done of a job. Memory: a byte per shard, and the commits of unfinished shards.
+
+    Taking note of a commit, or of a part, looks at no other one, however many there are.
 
     Attributes:
         totals: over everything committed, in parts and in segments.
@@ -22,17 +23,18 @@ class JobState:
         self._is_complete = bytearray(manifest.num_shards)
         self._left_in_part = [len(manifest.part_shards(part)) for part in range(manifest.num_parts)]
         self._has_part = bytearray(manifest.num_parts)
+        self._ready: list[int] = []
         self._commits: dict[int, list[SegmentInfo]] = {}
 
     @property
     def num_parts_done(self) -> int:
         """Published parts."""
-        return sum(self._has_part)
+        return self._has_part.count(1)
 
     @property
     def num_shards_done(self) -> int:
         """Complete shards, in parts or not."""
-        return sum(self._is_complete)
+        return self._is_complete.count(1)
 
     def has_part(self, part: int) -> bool:
         """Whether the part is published."""
@@ -49,20 +51,18 @@ class JobState:
             yield shard
             shard = self._is_complete.find(0, shard + 1)
 
-    def ready_parts(self) -> list[int]:
-        """Parts that can be rolled up: not published, and all their shards complete."""
-        return [
-            part
-            for part, left in enumerate(self._left_in_part)
-            if left == 0 and not self._has_part[part]
-        ]
+    def take_ready_parts(self) -> list[int]:
+        """Parts that can be rolled up, as all their shards are complete; each is told once."""
+        ready, self._ready = self._ready, []
+        return ready
 
-    def add_part(self, info: PartInfo) -> None:
+    def add_part(self, part: int, totals: Totals) -> None:
         """Take note of a published part whose shards were not counted before."""
-        self.totals += info.totals
-        self.mark_part(info.part)
-        for shard in self._manifest.part_shards(info.part):
-            self._complete(shard)
+        self.totals += totals
+        self.mark_part(part)
+        shards = self._manifest.part_shards(part)
+        self._is_complete[shards.start : shards.stop] = b"\x01" * len(shards)
+        self._left_in_part[part] = 0
 
     def mark_part(self, part: int) -> None:
         """Take note that a part whose shards are complete has been rolled up."""
@@ -92,4 +92,7 @@ class JobState:
     def _complete(self, shard: int) -> None:
         self._commits.pop(shard, None)
         self._is_complete[shard] = True
-        self._left_in_part[self._manifest.part_of(shard)] -= 1
+        part = self._manifest.part_of(shard)
+        self._left_in_part[part] -= 1
+        if not self._left_in_part[part]:
+            self._ready.append(part)

@@ -6,6 +6,7 @@ of the runs that made the files.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,9 +82,11 @@ def verify(folder: Path) -> VerifyReport:
         )
     manifest = ledger.manifest
     report = VerifyReport(manifest.num_rows, manifest.num_samples, manifest.num_completions)
-    retries = RetryCounts()
+    retries, segments = RetryCounts(), list_segments(ledger.folder)
     for part in range(manifest.num_parts):
-        if info := _check_part(ledger, part, report):
+        if not ledger.has_part(part):
+            _check_segments(ledger, part, segments, report)
+        elif info := _check_part(ledger, part, report):
             retries.add(info)
     _check_retries(ledger, retries, report)
     _check_strangers(ledger, report)
@@ -94,10 +97,7 @@ def verify(folder: Path) -> VerifyReport:
 
 
 def _check_part(ledger: Ledger, part: int, report: VerifyReport) -> PartInfo | None:
-    """What the part says about itself, if it is there and its rows are what they should be."""
-    if not ledger.has_part(part):
-        _check_segments(ledger, part, report)
-        return None
+    """What the part says about itself, if its rows are what they should be."""
     try:
         info = read_part(ledger.folder, ledger.manifest, part)
         totals = _check_pages(ledger, part)
@@ -128,10 +128,18 @@ def _check_pages(ledger: Ledger, part: int) -> Totals:
     return totals
 
 
-def _check_segments(ledger: Ledger, part: int, report: VerifyReport) -> None:
+def _check_segments(
+    ledger: Ledger, part: int, segments: Collection[int], report: VerifyReport
+) -> None:
+    """Checks what there is of a part that is not put together yet.
+
+    Args:
+        segments: the shards of which there are any; no other one is looked at.
+    """
     manifest = ledger.manifest
-    num_missing = 0
-    for shard in manifest.part_shards(part):
+    num_missing = manifest.part_completions(part)
+    for shard in (shard for shard in manifest.part_shards(part) if shard in segments):
+        num_missing -= manifest.shard_completions(shard)
         try:
             infos = committed_infos(ledger.folder, shard, manifest.fingerprint)
             missing = missing_positions(infos, manifest.shard_completions(shard))

@@ -115,7 +115,7 @@ class SmallJob:
         """Does what a run does from here to its end."""
         self.ledger.sweep()
         self.commit_all()
-        for part in self.ledger.scan().ready_parts():
+        for part in self.ledger.scan().take_ready_parts():
             roll_up(self.folder, self.manifest, part)
         finish(self.folder, self.manifest)
 

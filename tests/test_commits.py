@@ -190,7 +190,7 @@ class Runs(RuleBasedStateMachine):
 
     @rule()
     def roll_up(self) -> None:
-        for part in self.state.ready_parts():
+        for part in self.state.take_ready_parts():
             roll_up(self.job.folder, self.job.manifest, part)
             self.state.mark_part(part)
 

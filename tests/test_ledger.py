@@ -14,6 +14,7 @@ from jobs.ledger import Ledger, check_output, open_or_create, prepare, set_aside
 from jobs.lock import RunLock
 from jobs.parts import roll_up
 from jobs.status import read_status
+from jobs.tally import Stamp, stamp_of
 from pipeline.errors import (
     DamagedOutputError,
     InputError,
@@ -245,7 +246,7 @@ def test_scan_finds_what_is_done(tmp_path: Path) -> None:
     assert [state.is_complete(shard) for shard in range(5)] == [True, True, False, True, False]
     assert (state.num_shards_done, state.num_parts_done) == (3, 1)
     assert state.totals == sum(done, half.totals)
-    assert state.ready_parts() == []
+    assert state.take_ready_parts() == []
 
 
 def test_state_keeps_up_with_commits(tmp_path: Path) -> None:
@@ -258,10 +259,10 @@ def test_state_keeps_up_with_commits(tmp_path: Path) -> None:
     state.add(infos)
     state.add(infos)
     assert state.totals == job.ledger.scan().totals == sum((i.totals for i in infos), Totals())
-    assert state.ready_parts() == [0]
+    assert state.take_ready_parts() == [0]
     roll_up(job.folder, job.manifest, 0)
     state.mark_part(0)
-    assert state.ready_parts() == []
+    assert state.take_ready_parts() == []
     assert list(state.pending()) == list(job.ledger.scan().pending()) == [2, 3, 4]
 
 
@@ -380,13 +381,15 @@ def test_status_beside_a_roll_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     scan = Ledger.scan
     parts = iter(range(job.manifest.num_parts))
 
-    def has_part(self: Ledger, part: int) -> bool:
-        there = (self.folder.root / self.manifest.part_name(part)).exists()
-        if part == job.manifest.num_parts - 1 and (next_part := next(parts, None)) is not None:
+    last = job.manifest.part_name(job.manifest.num_parts - 1)
+
+    def stamp(path: Path) -> Stamp | None:
+        there = stamp_of(path)
+        if path.name == last and (next_part := next(parts, None)) is not None:
             roll_up(job.folder, job.manifest, next_part)
         return there
 
-    monkeypatch.setattr(Ledger, "has_part", has_part)
+    monkeypatch.setattr("jobs.ledger.stamp_of", stamp)
     with pytest.raises(FileNotFoundError):
         scan(job.ledger)
     assert read_status(job.path).totals.num_completions == job.manifest.num_completions

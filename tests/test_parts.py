@@ -224,14 +224,14 @@ def test_torn_part_is_never_published(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_state_does_not_offer_an_unfinished_part(tmp_path: Path) -> None:
-    """A part is ready when the last of its shards is, also the shorter last part."""
+    """A part is ready, and told once, when the last of its shards is; the shorter last part too."""
     job = SmallJob(tmp_path)
     state = JobState(job.manifest)
     ready = []
     for shard in (0, 4, 3, 2, 1):
         state.add([job.commit(shard)])
-        ready.append(state.ready_parts())
-    assert ready == [[], [2], [2], [1, 2], [0, 1, 2]]
+        ready.append(state.take_ready_parts())
+    assert ready == [[], [2], [], [1], [0]]
     assert state.totals != Totals()
 
 

@@ -117,7 +117,7 @@ class PowerCuts(RuleBasedStateMachine):
 
     @rule(data=st.data(), lives=st.none() | st.integers(0, 12))
     def roll_up(self, data: st.DataObject, lives: int | None) -> None:
-        for part in self.state.ready_parts():
+        for part in self.state.take_ready_parts():
             put_together = partial(roll_up, self.job.folder, self.job.manifest, part)
             if self._until_power_cut(data, lives, put_together) is None:
                 return  # and all was started anew
