@@ -59,9 +59,9 @@ def test_a_commit_costs_the_same_while_roll_ups_wait(
 ) -> None:
     """Where the disk is slower than workers, parts pile up, and no commit looks through them."""
     job = SmallJob(tmp_path, rows=(6 * 102,))
-    outcomes = [ShardOutcome(n, (job.commit(n),), True) for n in range(204)]
     with Recorder(job.ledger) as recorder:
         monkeypatch.setattr(recorder, "_pool", Idle())
+        outcomes = [ShardOutcome(n, (job.commit(n),), True) for n in range(204)]
         steps = [_num_steps(lambda: recorder.record(outcome)) for outcome in outcomes]  # noqa: B023
     assert steps[2] == steps[202]
 
