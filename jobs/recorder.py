@@ -17,6 +17,8 @@ from pipeline.segments import SegmentInfo, Totals, committed_infos, missing_posi
 
 logger = logging.getLogger(__name__)
 
+_ROLL_UP_THREADS = 2  # half of the time Arrow computes, or the disk is waited for
+
 
 class Recorder:
     """What is done of a job, from its folder at first and from outcomes afterwards.
@@ -31,8 +33,7 @@ class Recorder:
         ledger.sweep()
         self._ledger = ledger
         self._state = ledger.scan()
-        # One thread: roll-ups are bound by the disk, and come in order.
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="roll-up")
+        self._pool = ThreadPoolExecutor(_ROLL_UP_THREADS, thread_name_prefix="roll-up")
         self._roll_ups: deque[Future[PartInfo]] = deque()
 
     def __enter__(self) -> Recorder:
