@@ -98,7 +98,12 @@ def _measure(name: str, module: list[str]) -> None:
     if child.returncode not in (0, 75):  # what is not complete is verified with 75
         raise SystemExit(f"{name} ended with {child.returncode}: {said[:3]}")
     peak = usage.ru_maxrss / 1024
-    print(f"{name}: {seconds:.1f} s, peak {peak:,.0f} MiB; {said[0] if said else ''}", flush=True)
+    cpu = usage.ru_utime + usage.ru_stime
+    print(
+        f"{name}: {seconds:.1f} s ({cpu:.1f} s of CPU), peak {peak:,.0f} MiB; "
+        f"{said[0] if said else 'done'}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -86,42 +86,37 @@ class Enough(StopRequest):
 
 
 def _drive(ledger: Ledger, recorder: Recorder, num_shards: int, num_workers: int) -> None:
+    num_shards = min(num_shards, recorder.num_shards_left // 2)
     crew = InstantCrew(ledger, num_workers)
     # The driver hands out two shards per worker beyond those that are done when it is to stop.
     shards = zip(range(num_shards + 2 * num_workers), recorder.shards_left(), strict=False)
-    written = time.perf_counter()
     for _, shard in shards:
         write_segment(ledger, shard)
-    started = time.perf_counter()
     driver = _driver(ledger, recorder, crew, num_shards)
+    started, cpu = time.perf_counter(), time.thread_time()
     with _timed_roll_ups() as roll_ups:
         with suppress(StoppedError):
             driver.run()
-        ended = time.perf_counter()
+        cpu = time.thread_time() - cpu - crew.cpu_seconds
         recorder.wait()
-    own = ended - started - crew.seconds
-    line = (
-        f"{crew.num_done:,} shards; driver and recorder {1000 * own / crew.num_done:.2f} ms each, "
-        f"{crew.num_done / own:,.0f} a second; workers {started - written:.1f} s to write and "
-        f"{crew.seconds:.1f} s to publish"
-    )
     seconds = time.perf_counter() - started
     num_rolled = sum(len(ledger.manifest.part_shards(part)) for part in roll_ups)
-    cpu = sum(roll_ups.values()) / max(num_rolled, 1)
+    roll_up_cpu = sum(roll_ups.values()) / max(num_rolled, 1)
     print(
-        f"{line}; {len(roll_ups)} roll-ups, {1000 * cpu:.2f} ms of CPU a shard; all in "
-        f"{seconds:.1f} s, {crew.num_done / seconds:,.0f} a second"
+        f"{crew.num_done:,} shards in {seconds:.1f} s, {crew.num_done / seconds:,.0f} a second; of "
+        f"CPU for each: driver and recorder {1000 * cpu / crew.num_done:.2f} ms, roll-up "
+        f"{1000 * roll_up_cpu:.2f} ms, workers' publishing "
+        f"{1000 * crew.cpu_seconds / crew.num_done:.2f} ms"
     )
 
 
 def _driver(ledger: Ledger, recorder: Recorder, crew: InstantCrew, num_shards: int) -> Driver:
-    is_all = recorder.num_shards_left <= num_shards
     return Driver(
         crew=crew,
         recorder=recorder,
         num_completions=ledger.manifest.num_completions,
         max_failed=0,
-        stop=StopRequest() if is_all else Enough(crew, num_shards),
+        stop=Enough(crew, num_shards),
         reporter=Silent(),
         grace=60.0,
     )
