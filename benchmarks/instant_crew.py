@@ -8,6 +8,7 @@ real workers write theirs in other processes, and published when the crew is wai
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +20,7 @@ from jobs.member import Member
 from jobs.parts import PartInfo
 from pipeline.outcome import ShardOutcome
 from pipeline.publish import publish
-from pipeline.records import RowRange, Shard
+from pipeline.records import Shard
 from pipeline.segments import SegmentInfo, Totals, segment_name, write_parquet
 
 QUESTION = "What is 1 + 1?"
@@ -65,17 +66,11 @@ class InstantCrew(Crew):
         self.cpu_seconds += time.thread_time() - started
         del member.calls[call]
         self.num_done += 1
-        return [ShardDone(shard, ShardOutcome(shard.index, (info,), True))]
+        return [ShardDone(member.index, shard, ShardOutcome(shard.index, (info,), True))]
 
-    def _ask(
-        self,
-        member: Member,
-        method: str,
-        shard: Shard | None = None,
-        rows: RowRange | None = None,
-    ) -> None:
-        assert shard is not None, "nothing but shards is asked for"
-        call = object()
+    def _ask(self, member: Member, method: str, *arguments: Any) -> None:
+        assert method == "run", "nothing else is asked for"
+        call, (shard, _) = object(), arguments
         member.calls[call] = (method, shard)
         self._waiting.append((member, call, shard))
 
