@@ -133,8 +133,13 @@ class Crew:
 
     @property
     def num_in_flight(self) -> int:
-        """Shards that workers hold, and calls by which they may release some."""
-        return sum(len(m.shards()) + m.is_asked("release") for m in self._members)
+        """Shards that workers hold."""
+        return sum(len(member.shards()) for member in self._members)
+
+    @property
+    def num_releasing(self) -> int:
+        """Workers that have been asked to release rows."""
+        return sum(member.is_asked("release") for member in self._members)
 
     @property
     def interim(self) -> Totals:
@@ -168,7 +173,11 @@ class Crew:
         others = [member for member in ready if member.index != avoid] or ready
         bad_node = self._members[avoid].node
         elsewhere = [member for member in others if member.node != bad_node] or others
-        held = [(len(member.shards()), member.index) for member in elsewhere if not member.is_alone]
+        held = [
+            (len(member.shards()), member.index)
+            for member in elsewhere
+            if not member.is_alone and not member.is_asked("release")
+        ]
         return (min(held)[1], min(held)[0]) if held else None
 
     def hand(self, worker: int, shard: Shard, rows: RowRange | None = None) -> None:
@@ -192,13 +201,19 @@ class Crew:
         ready = [member for member in self._members if member.is_ready and not member.is_alone]
         idle = [member for member in ready if not member.shards()]
         self._is_sharing_out = bool(idle)
-        num_asked = sum(member.is_asked("release") for member in ready)
-        for taker in idle[num_asked:]:
-            holders = [m for m in ready if m.progress.num_unstarted and not m.is_asked("release")]
-            if not holders:
-                return
-            slowest = max(holders, key=lambda member: member.progress.num_unstarted / member.speed)
-            self._ask(slowest, "release", taker.speed / (taker.speed + slowest.speed))
+        takers = idle[self.num_releasing :]
+        if not takers:
+            return
+        # One that has done nothing yet is taken to be as fast as the fastest.
+        fastest = max((member.speed for member in ready if member.speed), default=1.0)
+        holders = [
+            (member.progress.num_unstarted / (member.speed or fastest), member.index)
+            for member in ready
+            if member.shards() and member.progress.num_unstarted and not member.is_asked("release")
+        ]
+        for taker, (_, index) in zip(takers, sorted(holders, reverse=True), strict=False):
+            speed, others = taker.speed or fastest, self._members[index].speed or fastest
+            self._ask(self._members[index], "release", speed / (speed + others))
 
     def start(self) -> None:
         """Starts an actor in every empty place whose time has come.
@@ -280,8 +295,9 @@ class Crew:
 
     def _poll(self) -> None:
         now = time.monotonic()
-        interval = SHARING_POLL_INTERVAL if self._is_sharing_out else POLL_INTERVAL
         for member in self._members:
+            is_soon = self._is_sharing_out and member.progress.num_unstarted
+            interval = SHARING_POLL_INTERVAL if is_soon else POLL_INTERVAL
             is_due = now - member.polled_at >= interval
             if member.is_ready and is_due and not member.is_asked("progress"):
                 member.polled_at = now
@@ -335,8 +351,9 @@ class Crew:
                 member.moved_at = time.monotonic()
             member.progress = answer
         elif method == "release":
-            if answer is not None:
-                return [RowsReleased(member.index, answer)]
+            # What it has left, the next poll tells.
+            member.progress = replace(member.progress, num_unstarted=0)
+            return [] if answer is None else [RowsReleased(member.index, answer)]
         elif shard is not None:
             member.moved_at = time.monotonic()
             member.is_alone = False
@@ -369,7 +386,8 @@ class Crew:
             return [self._lose(member, f"its model was not downloaded in {DOWNLOAD_TIMEOUT:.0f} s")]
         if member.is_asked("load") and silence > LOAD_TIMEOUT:
             return [self._lose(member, f"its model was not loaded in {LOAD_TIMEOUT:.0f} s")]
-        if member.shards() and silence > self._stall_timeout:
+        is_busy = member.shards() or member.is_asked("release")
+        if is_busy and silence > self._stall_timeout:
             return [self._lose(member, f"it stood still for {self._stall_timeout:.0f} s")]
         return []
 

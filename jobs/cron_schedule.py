@@ -56,7 +56,7 @@ _FIELDS = (
     _Field("hour", 0, 23),
     _Field("day of the month", 1, 31),
     _Field("month", 1, 12, _MONTHS),
-    _Field("day of the week", 0, 7, _DAYS),
+    _Field("day of the week", 0, 6, _DAYS),
 )
 
 

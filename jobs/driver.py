@@ -71,7 +71,7 @@ class Driver:
         self._shards = self.recorder.shards_left()
         self._again: deque[Shard] = deque()
         self._suspects = Suspects()
-        self._lost_with_node: set[int] = set()
+        self._lost_with_node: set[Shard] = set()
         self._losses = Losses(self.crew.num_workers)
         self._num_generated = self._committed().num_generated
         self._has_generated = False
@@ -123,7 +123,7 @@ class Driver:
         for worker in self.crew.free_places():
             if worker == reserved:
                 continue
-            shard = self._again.popleft() if self._again else next(self._shards, None)
+            shard = self._next_shard()
             if shard is None:
                 self._is_handed_out = True
                 self.crew.share_out()
@@ -133,11 +133,23 @@ class Driver:
     @property
     def _is_other_left(self) -> bool:
         """Whether there is anything to do besides suspects, or a worker has something."""
-        return bool(not self._is_handed_out or self._again or self.crew.num_in_flight)
+        in_flight = self.crew.num_in_flight + self.crew.num_releasing
+        return bool(not self._is_handed_out or self._again or in_flight)
+
+    def _next_shard(self) -> Shard | None:
+        """What runs next; not what another attempt has completed meanwhile."""
+        while self._again:
+            shard = self._again.popleft()
+            if not self.recorder.is_complete(shard.index):
+                return shard
+        return next(self._shards, None)
 
     def _hand_out_suspects(self) -> int | None:
         """Gives each suspect to a worker that holds nothing; the worker kept free for the next."""
         while suspect := self._suspects.next():
+            if self.recorder.is_complete(suspect.shard.index):
+                self._suspects.clear(suspect)
+                continue
             worker, num_held = self.crew.least_busy(suspect.worker) or (None, 0)
             if worker is None or num_held:
                 return worker
@@ -234,8 +246,9 @@ class Driver:
             or "no rows",
         )
         for shard in event.shards:
-            missing = self.recorder.missing_rows(shard)
-            if self._is_nodes_fault(event, shard):
+            is_last = not self.crew.holds(shard.index)
+            missing = self.recorder.missing_rows(shard, is_last=is_last)
+            if missing and self._is_nodes_fault(event, shard):
                 self._again.append(shard)
             else:
                 self._suspects.lost(shard, missing, event.worker, event.cause)
@@ -245,8 +258,8 @@ class Driver:
         """Nodes come and go, and their rows need not run alone; unless it happens to them again."""
         if not event.with_node or self._suspects.has(event.worker):
             return False
-        is_first = shard.index not in self._lost_with_node
-        self._lost_with_node.add(shard.index)
+        is_first = shard not in self._lost_with_node
+        self._lost_with_node.add(shard)
         return is_first
 
     def _report(self) -> None:

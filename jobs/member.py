@@ -56,11 +56,11 @@ class Member:
         return self.before + self.progress.metrics
 
     @property
-    def speed(self) -> float:
-        """Tokens per second of its actor's decode steps; 1 as long as there is none."""
+    def speed(self) -> float | None:
+        """Tokens per second of its actor's decode steps; None as long as there is none."""
         metrics = self.progress.metrics
         is_known = metrics.num_generated_tokens and metrics.decode_seconds
-        return metrics.num_generated_tokens / metrics.decode_seconds if is_known else 1.0
+        return metrics.num_generated_tokens / metrics.decode_seconds if is_known else None
 
     def shards(self) -> list[Shard]:
         """What it holds."""

@@ -81,16 +81,23 @@ class Recorder:
             self._state.add(self._committed(outcome.shard))
         self._roll_up_ready_parts()
 
-    def missing_rows(self, shard: Shard) -> list[int]:
+    def is_complete(self, shard: int) -> bool:
+        """Whether all of a shard is committed, as far as is known."""
+        return self._state.is_complete(shard)
+
+    def missing_rows(self, shard: Shard, *, is_last: bool = True) -> list[int]:
         """The rows that a shard lacks after its worker was lost, rising, from 0 within it.
 
-        Takes note of commits that no answer told of.
+        Args:
+            is_last: no other worker has rows of this shard. Then note is taken of commits that no
+                answer told of.
         """
         if self._state.is_complete(shard.index):
             return []
         manifest, infos = self._ledger.manifest, self._committed(shard.index)
-        self._state.add(infos)
-        self._roll_up_ready_parts()
+        if is_last:
+            self._state.add(infos)
+            self._roll_up_ready_parts()
         total = manifest.shard_completions(shard.index)
         missing = shard.wanted(missing_positions(infos, total))
         return sorted({position // manifest.num_samples for position in missing})

@@ -74,7 +74,7 @@ class Suspects:
         return len({suspect.shard.index for suspect in every}) == 1
 
     def next(self) -> Suspect | None:
-        """Who runs next; never two of one shard at a time, as their commits would collide."""
+        """Who runs next; never two of one shard at a time, as they may overlap."""
         running = {each.shard.index for each in self._running.values()}
         free = (each for each in self._waiting if each.shard.index not in running)
         return next(free, None)
@@ -83,6 +83,10 @@ class Suspects:
         """Takes note that a worker has it, and nothing else."""
         self._waiting.remove(suspect)
         self._running[worker] = suspect
+
+    def clear(self, suspect: Suspect) -> None:
+        """Forgets one that waits: all its rows are done."""
+        self._waiting.remove(suspect)
 
     def has(self, worker: int) -> bool:
         """Whether a worker runs a suspect."""
@@ -94,7 +98,8 @@ class Suspects:
         rows = suspect.rows if suspect else RowRange(0, shard.num_rows)
         if rows.end == rows.first + 1:
             return f"row {shard.row_id(rows.first)}"
-        return f"rows {shard.row_id(rows.first)} to {shard.first_row + rows.end - 1}"
+        part = "rows" if shard.chosen is None else "some of the rows"
+        return f"{part} {shard.row_id(rows.first)} to {shard.first_row + rows.end - 1}"
 
     def answered(self, worker: int, *, is_complete: bool) -> Suspect | None:
         """Clears the suspect of a worker that has lived; None if it had none.

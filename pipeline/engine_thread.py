@@ -193,12 +193,12 @@ class EngineThread:
             return []
         [(shard, count)] = Counter(identity.shard for identity in unstarted).most_common(1)
         of_shard = sorted(identity for identity in unstarted if identity.shard == shard)
-        given_up = self.engine.withdraw(set(of_shard[-max(1, round(count * share)) :]))
+        withdrawn = self.engine.withdraw(set(of_shard[-max(1, round(count * share)) :]))
         with self._changed:
+            # Those of dropped attempts have none any more, and are nobody's to give.
+            given_up = [identity for identity in withdrawn if identity in self._collectors]
             for identity in given_up:
-                collector = self._collectors.pop(identity, None)
-                if collector is not None:
-                    collector.expect_fewer(1)
+                self._collectors.pop(identity).expect_fewer(1)
         return sorted(given_up)
 
     def _is_busy(self) -> bool:

@@ -53,13 +53,14 @@ class MemoryPeak:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a worker is; every number only grows, but for `interim`.
+    """How far a worker is; every number only grows, but for `interim` and `num_unstarted`.
 
     Attributes:
         metrics: of its engine.
         interim: what it has committed of shards that it has not answered for yet.
         peak: of its memory; that it grows is no sign that the worker gets on.
-        num_unstarted: completions that it could release; nor are these.
+        num_unstarted: completions that wait for a slot, of which it may release some; no sign
+            of anything either.
     """
 
     metrics: EngineMetrics = field(default_factory=EngineMetrics)

@@ -18,7 +18,7 @@ class FinishReason(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A run of rows of one input file: handed out, retried and committed as one.
+    """A run of rows of one input file, or some of them: handed out and retried as one.
 
     Attributes:
         index: position in the job's plan; shards in this order give the input's order.

@@ -34,7 +34,7 @@ from pipeline.records import (
 )
 from pipeline.sampling import random_key
 from pipeline.segments import SegmentInfo, Totals, as_ranges, committed_infos, missing_positions
-from pipeline.writer import SegmentWriter
+from pipeline.writer import Seen, SegmentWriter
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,8 @@ class ShardRunner:
         self._num_samples = num_samples
         self._passed_columns = list(passed_columns)
         self._num_commits = 0
-        # What attempts that go on have committed; replaced whole, so that others may read it.
-        self._interim: dict[Collector, Totals] = {}
+        self._interim: dict[Collector, Totals] = {}  # committed by attempts that go on
+        self._interim_lock = threading.Lock()
 
     def run(self, shard: Shard, rows: RowRange | None = None) -> ShardOutcome:
         """Generates and commits what the shard, or these rows of it, still lack.
@@ -92,7 +92,10 @@ class ShardRunner:
         Blocks until they are complete or released, or `drain` is called, or another attempt turns
         out to have committed some of them.
         """
-        earlier = committed_infos(self._writer.folder, shard.index, self._writer.fingerprint)
+        try:
+            earlier = committed_infos(self._writer.folder, shard.index, self._writer.fingerprint)
+        except FileNotFoundError:  # being put into a part, as every row has been committed
+            return ShardOutcome(shard.index, (), is_complete=True)
         missing = shard.wanted(missing_positions(earlier, shard.num_rows * self._num_samples))
         if rows is not None:
             missing = [position for position in missing if position // self._num_samples in rows]
@@ -106,21 +109,21 @@ class ShardRunner:
         collector.put(failed)
         self._engine.submit(requests, collector)
         commits: list[SegmentInfo] = []
-        num_known = len(earlier)
+        seen = Seen(len(earlier))
         passed = table.select(self._passed_columns)
         try:
             for finished in self._finished(collector):
-                commits.append(self._writer.write(shard, passed, finished, num_known))
-                num_known = commits[-1].commit + 1
+                commits.append(self._writer.write(shard, passed, finished, seen))
                 self._num_commits += 1
-                totals = sum((info.totals for info in commits), Totals())
-                self._interim = {**self._interim, collector: totals}
+                with self._interim_lock:
+                    self._interim[collector] = sum((info.totals for info in commits), Totals())
         except SupersededError:
             logger.info("shard %d: another attempt has committed; this one is dropped", shard.index)
             return ShardOutcome(shard.index, tuple(commits), is_complete=False)
         finally:
             self._engine.forget(requests, collector)
-            self._interim = {k: v for k, v in self._interim.items() if k is not collector}
+            with self._interim_lock:
+                self._interim.pop(collector, None)
         num_committed = sum(info.num_completions for info in commits)
         return ShardOutcome(shard.index, tuple(commits), num_committed == collector.num_expected)
 
@@ -144,10 +147,12 @@ class ShardRunner:
 
     def progress(self) -> Progress:
         """The counts so far; callable from any thread, also during a step."""
+        with self._interim_lock:
+            interim = sum(self._interim.values(), Totals())
         return Progress(
             self._engine.engine.metrics,
             self._num_commits,
-            sum(self._interim.values(), Totals()),
+            interim,
             num_unstarted=self._engine.engine.num_waiting,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -93,6 +93,19 @@ def _as_stored(schema: pa.Schema) -> pa.Schema:
     return pq.read_schema(pa.BufferReader(sink.getvalue()))
 
 
+@dataclass
+class Seen:
+    """What an attempt knows of its shard's commits.
+
+    Attributes:
+        num_commits: those it has read or made: all there were before its next one.
+        others: positions that other attempts have committed since it began.
+    """
+
+    num_commits: int
+    others: set[int] = field(default_factory=set)
+
+
 class SegmentWriter:
     """Commits completions of a shard to a run folder, all or none.
 
@@ -120,7 +133,7 @@ class SegmentWriter:
         self._worker = worker
 
     def write(
-        self, shard: Shard, table: pa.Table, completions: Iterable[Completion], num_read: int
+        self, shard: Shard, table: pa.Table, completions: Iterable[Completion], seen: Seen
     ) -> SegmentInfo:
         """Commit `completions` under the shard's next number.
 
@@ -132,22 +145,26 @@ class SegmentWriter:
             table: all the shard's input rows (shard.num_rows, kept columns); more columns are
                 ignored.
             completions: at least one, of this shard, in any order, none of them in the commits
-                that have been read.
-            num_read: how many of the shard's commits these are.
+                that there were when the attempt began.
+            seen: of this attempt.
 
         Raises:
             SupersededError: another attempt has committed one of them; nothing is left behind.
             OutputError: the segment cannot be written.
         """
         ordered = sorted(completions, key=lambda completion: completion.id)
-        info = self._info(shard, ordered, num_read)
+        info = self._info(shard, ordered, seen.num_commits)
         rows = self._rows(shard, table, ordered)
-        while True:
+        while not seen.others.intersection(_positions(info)):
             try:
                 self._publish(info, rows)
-                return info
             except SupersededError:
-                info = replace(info, commit=self._num_commits_without(info))
+                self._look_again(info, seen)
+                info = replace(info, commit=seen.num_commits)
+            else:
+                seen.num_commits += 1
+                return info
+        raise SupersededError(f"shard {shard.index}: another attempt has committed these rows")
 
     def _publish(self, info: SegmentInfo, rows: pa.Table) -> None:
         with temporary_file(self.folder.tmp, f"{info.shard:09d}", ".parquet") as temporary:
@@ -156,16 +173,17 @@ class SegmentWriter:
             _check_footer(temporary, info)
             publish(temporary, self.folder.segments / segment_name(info.shard, info.commit))
 
-    def _num_commits_without(self, info: SegmentInfo) -> int:
-        """How many commits the shard has by now, if none of them holds what `info` holds."""
+    def _look_again(self, info: SegmentInfo, seen: Seen) -> None:
+        """Reads what others have committed beside this attempt."""
         try:
-            others = committed_infos(self.folder, info.shard, self.fingerprint)
-        except FileNotFoundError:  # being rolled up: every row has been committed
-            others = []
-        held = set(_positions(info))
-        if len(others) <= info.commit or any(held & set(_positions(other)) for other in others):
-            raise SupersededError(f"shard {info.shard}: other attempts have committed these rows")
-        return len(others)
+            infos = committed_infos(self.folder, info.shard, self.fingerprint)
+        except FileNotFoundError:
+            infos = []
+        if len(infos) <= info.commit:
+            raise SupersededError(f"shard {info.shard} is in a part: every row has been committed")
+        for other in infos[seen.num_commits :]:
+            seen.others.update(_positions(other))
+        seen.num_commits = len(infos)
 
     def _info(self, shard: Shard, ordered: Sequence[Completion], commit: int) -> SegmentInfo:
         positions = [c.id.row * self._num_samples + c.id.sample for c in ordered]

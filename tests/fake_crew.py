@@ -79,7 +79,10 @@ class FakeRecorder(Recorder):
     def shards_left(self) -> Iterator[Shard]:
         return iter(self._shards)
 
-    def missing_rows(self, shard: Shard) -> list[int]:
+    def is_complete(self, shard: int) -> bool:
+        return not self._missing[shard]
+
+    def missing_rows(self, shard: Shard, *, is_last: bool = True) -> list[int]:
         return shard.wanted(sorted(self._missing[shard.index]))
 
     def piece(self, released: Released) -> Shard:

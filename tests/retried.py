@@ -20,7 +20,7 @@ from jobs.retry_ledger import RetryLedger, retried
 from pipeline.outcome import ShardOutcome
 from pipeline.records import Completion, FinishReason, RequestId, Shard
 from pipeline.segments import SegmentInfo, Totals, missing_positions
-from pipeline.writer import SegmentWriter
+from pipeline.writer import Seen, SegmentWriter
 
 Answer = Callable[[Shard, int, int], Completion]
 
@@ -69,7 +69,7 @@ def commit(ledger: RetryLedger, shard: Shard, answer: Answer = good) -> SegmentI
     )
     wanted = shard.wanted(missing_positions([], manifest.shard_completions(shard.index)))
     completions = [answer(shard, *divmod(p, manifest.num_samples)) for p in wanted]
-    return writer.write(shard, _input_rows(shard), completions, 0)
+    return writer.write(shard, _input_rows(shard), completions, Seen(0))
 
 
 def _input_rows(shard: Shard) -> pa.Table:
@@ -109,7 +109,7 @@ def make_finished(job: Path, *, is_good: bool = False) -> Path:
             num_samples=1,
             worker="worker-0",
         )
-        writer.write(shard, _input_rows(shard), answers, 0)
+        writer.write(shard, _input_rows(shard), answers, Seen(0))
     for part in range(manifest.num_parts):
         ledger.roll_up(part)
     finish(folder, manifest)

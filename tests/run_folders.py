@@ -14,7 +14,7 @@ from jobs.manifest import Manifest, PlannedFile, encode_schema
 from jobs.parts import finish, roll_up
 from pipeline.records import Completion, FinishReason, RequestId, Shard
 from pipeline.segments import SegmentInfo, committed_infos, missing_positions
-from pipeline.writer import SegmentWriter, output_schema
+from pipeline.writer import Seen, SegmentWriter, output_schema
 
 INPUT_SCHEMA = pa.schema([("n", pa.int64()), ("noise", pa.binary())])
 
@@ -83,9 +83,9 @@ class SmallJob:
         self.folder, self.manifest = self.ledger.folder, self.ledger.manifest
 
     def commit(
-        self, shard: int, positions: Iterable[int] | None = None, commit: int | None = None
+        self, shard: int, positions: Iterable[int] | None = None, seen: Seen | None = None
     ) -> SegmentInfo:
-        """Commits positions of a shard, by default all that it lacks, under the next number."""
+        """Commits positions of a shard, by default all that it lacks, having seen all there is."""
         manifest = self.manifest
         writer = SegmentWriter(
             self.path,
@@ -100,7 +100,7 @@ class SmallJob:
         unit = manifest.shard(shard)
         completions = [make_completion(unit, *divmod(p, manifest.num_samples)) for p in positions]
         table = _input_rows(unit.first_row, unit.num_rows)
-        return writer.write(unit, table, completions, len(infos) if commit is None else commit)
+        return writer.write(unit, table, completions, seen or Seen(len(infos)))
 
     def infos(self, shard: int) -> list[SegmentInfo]:
         """The commits of a shard, read anew."""

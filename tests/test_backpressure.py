@@ -25,7 +25,7 @@ from pipeline.records import Completion, FinishReason, Request, RowRange, Sampli
 from pipeline.segments import SegmentInfo
 from pipeline.settings import PromptSettings
 from pipeline.shard_runner import ShardRunner
-from pipeline.writer import SegmentWriter
+from pipeline.writer import Seen, SegmentWriter
 from tests.run_folders import SmallJob
 from tests.word_tokenizer import WordTokenizer
 
@@ -61,13 +61,13 @@ class SlowWriter(SegmentWriter):
     most_waiting = 0
 
     def write(
-        self, shard: Shard, table: pa.Table, completions: Iterable[Completion], commit: int
+        self, shard: Shard, table: pa.Table, completions: Iterable[Completion], seen: Seen
     ) -> SegmentInfo:
         time.sleep(0.05)
         self.most_waiting = max(
             self.most_waiting, self.engine.metrics.num_generated_tokens - self.num_written
         )
-        info = super().write(shard, table, completions, commit)
+        info = super().write(shard, table, completions, seen)
         self.num_written += info.num_completions
         return info
 

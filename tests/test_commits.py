@@ -19,6 +19,7 @@ from jobs.parts import finish, roll_up
 from jobs.verify import verify
 from pipeline.errors import DamagedOutputError, SupersededError
 from pipeline.segments import missing_positions, segment_name
+from pipeline.writer import Seen
 from tests.run_folders import SmallJob
 
 SYSTEM_CALLS = ("fsync", "link", "unlink", "replace")
@@ -82,10 +83,10 @@ def test_zombie_cannot_double_rows(tmp_path: Path) -> None:
     """An attempt that sleeps while another commits finds them committed, now and later."""
     job = SmallJob(tmp_path)
     job.commit(0, [0])  # both attempts have read this
-    job.commit(0, [1, 2], commit=1)
+    job.commit(0, [1, 2], Seen(1))
     for _ in range(2):
         with pytest.raises(SupersededError):
-            job.commit(0, [2], commit=1)
+            job.commit(0, [2], Seen(1))
     job.finish()
     assert job.output() == job.expected()
 
@@ -93,11 +94,24 @@ def test_zombie_cannot_double_rows(tmp_path: Path) -> None:
 def test_attempts_at_other_rows_take_the_next_number(tmp_path: Path) -> None:
     """Neither knew of the other; one that holds a row of theirs among its own commits nothing."""
     job = SmallJob(tmp_path)
-    numbers = [job.commit(0, [position], commit=0).commit for position in (1, 0)]
+    numbers = [job.commit(0, [position], Seen(0)).commit for position in (1, 0)]
     assert numbers == [0, 1]
     with pytest.raises(SupersededError):
-        job.commit(0, [1, 2], commit=0)
+        job.commit(0, [1, 2], Seen(0))
     assert list(job.folder.tmp.iterdir()) == []
+    job.finish()
+    assert job.output() == job.expected()
+
+
+def test_rows_that_others_have_committed_stay_theirs(tmp_path: Path) -> None:
+    """What was seen of others once counts for later commits too, under whatever number."""
+    job = SmallJob(tmp_path)
+    seen = Seen(0)
+    job.commit(0, [1], Seen(0))
+    assert job.commit(0, [0], seen).commit == 1
+    with pytest.raises(SupersededError):
+        job.commit(0, [1], seen)
+    assert job.commit(0, [2], seen).commit == 2
     job.finish()
     assert job.output() == job.expected()
 
@@ -115,7 +129,7 @@ def test_zombie_after_the_roll_up(tmp_path: Path, number: int, is_finished: bool
         job.finish()
     else:
         roll_up(job.folder, job.manifest, 0)
-    job.commit(0, [2], commit=number)
+    job.commit(0, [2], Seen(number))
     report = verify(job.path)
     assert report.state == ("complete" if is_finished else "incomplete")
     assert ["in a part (1)" in note for note in report.notes] == [True]
@@ -145,7 +159,7 @@ class Runs(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.home = Path(tempfile.mkdtemp())
-        self.attempts: list[tuple[int, int, list[int]]] = []
+        self.attempts: list[tuple[int, Seen, list[int]]] = []
 
     @initialize(
         rows=st.lists(st.integers(0, 5), min_size=1, max_size=3).filter(any),
@@ -170,23 +184,23 @@ class Runs(RuleBasedStateMachine):
             shard = pending[number % len(pending)]
             infos = self.job.infos(shard)
             total = self.job.manifest.shard_completions(shard)
-            self.attempts.append((shard, len(infos), missing_positions(infos, total)))
+            self.attempts.append((shard, Seen(len(infos)), missing_positions(infos, total)))
 
     @precondition(lambda self: self.attempts)
     @rule(data=st.data())
     def publish(self, data: st.DataObject) -> None:
         """Publishes some of what an attempt set out to do; it may be a zombie's by now."""
         index = data.draw(st.integers(0, len(self.attempts) - 1))
-        shard, commit, wanted = self.attempts.pop(index)
+        shard, seen, wanted = self.attempts.pop(index)
         if not wanted:
             return
         done = data.draw(st.sets(st.sampled_from(wanted), min_size=1))
         try:
-            info = self.job.commit(shard, done, commit)
+            info = self.job.commit(shard, done, seen)
         except SupersededError:
             return
         self.state.add([info])
-        self.attempts.append((shard, info.commit + 1, [p for p in wanted if p not in done]))
+        self.attempts.append((shard, seen, [p for p in wanted if p not in done]))
 
     @rule()
     def roll_up(self) -> None:

@@ -173,6 +173,25 @@ def test_the_slowest_is_asked_for_what_suits_the_speeds(
     assert len(asked) == 2
 
 
+def test_a_release_that_nobody_answers_is_a_worker_that_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a worker that has nothing else to do; one that is answered is no standstill."""
+    monkeypatch.setattr(crew_module.ray, "kill", lambda actor, no_restart: None)
+    crew = Crew(_spec(SmallJob(tmp_path), tmp_path), SHAPE, stall_timeout=0.0)
+    member = crew._members[0]
+    member.progress = Progress(num_unstarted=7)
+    assert crew._overdue(member) == []
+    member.calls["release"] = ("release", None)
+    assert crew.num_releasing == 1
+    [event] = crew._overdue(member)
+    assert isinstance(event, WorkerLost)
+    assert crew.num_releasing == 0
+
+    assert crew._take(member, "release", None, None) == []
+    assert member.progress.num_unstarted == 0, "it is not asked again before it has told more"
+
+
 def test_a_worker_without_a_model_says_why(tmp_path: Path) -> None:
     """The user's mistake arrives as what it is, and not as a lost worker."""
     crew = Crew(_spec(SmallJob(tmp_path), tmp_path / "nowhere"), SHAPE, stall_timeout=60)

@@ -146,6 +146,38 @@ def test_rows_lost_with_a_node_run_beside_others_again() -> None:
     assert sorted(recorder.completed) == list(range(9))
 
 
+def test_what_others_have_completed_is_not_run_again() -> None:
+    """A worker that was cut off had committed all of a shard, or another attempt has meanwhile."""
+    first = iter([0])
+
+    def answer(worker: int, shard: Shard, rows: list[int], only: RowRange | None) -> Event:
+        if shard.index == 3 and next(first, None) is not None:
+            recorder._missing[3].clear()
+            recorder._missing[4].clear()
+            return lost(with_node=True)
+        return done(shard, rows)
+
+    driver, crew, recorder = make_driver(answer, make_shards(5))
+    driver.run()
+    assert [rows for _, shard, rows in crew.handed if shard == 3] == [None]
+    assert [rows for _, shard, rows in crew.handed if shard == 4] == [None]
+
+
+def test_a_suspect_that_another_has_completed_is_not_run() -> None:
+    """A late commit of a worker that was given up may do what was still to be looked into."""
+    first = iter([0])
+
+    def answer(worker: int, shard: Shard, rows: list[int], only: RowRange | None) -> Event:
+        if next(first, None) is not None:
+            return lost()
+        recorder._missing[1].clear()
+        return done(shard, rows)
+
+    driver, crew, recorder = make_driver(answer, make_shards(2), num_workers=1)
+    driver.run()
+    assert crew.handed == [(0, 0, None), (0, 1, None), (0, 0, RowRange(0, ROWS))]
+
+
 @given(
     st.integers(1, 4),
     st.integers(1, 6),

@@ -326,7 +326,7 @@ class TestPrograms:
         ("schedule='0 0 0 * *'", "has '0' as day of the month: .* 1 to 31"),
         ("schedule='0 0 1 13 *'", "has '13' as month: .* 1 to 12, jan to dec"),
         ("schedule='0 0 1 mon *'", "has 'mon' as month"),
-        ("schedule='0 0 * * 8'", "has '8' as day of the week: .* 0 to 7, sun to sat"),
+        ("schedule='0 0 * * 7'", "has '7' as day of the week: .* 0 to 6, sun to sat"),
         ("schedule='0 5-3 * * *'", "has '5-3' as hour, which goes backwards"),
         ("schedule='*/0 * * * *'", "has '\\*/0' as minute, a step of 0"),
         ("schedule='5/15 * * * *'", "has '5/15' as minute; write 5-59/15"),
@@ -349,7 +349,7 @@ def test_wrong_settings(job_file: Path, setting: str, words: str) -> None:
 
 @pytest.mark.parametrize(
     "schedule",
-    ["0 2 * * *", "*/15 8-18/2 1,15 jan-mar,DEC mon-Fri", "59 23 31 12 0,7", " 0  0 * * 7 "],
+    ["0 2 * * *", "*/15 8-18/2 1,15 jan-mar,DEC mon-Fri", "59 23 31 12 0,6", " 0  0 * * 6 "],
 )
 def test_schedules(job_file: Path, schedule: str) -> None:
     """What cron takes is taken; only spaces are put right."""

@@ -251,6 +251,22 @@ def test_what_is_released_is_done_by_another(tmp_path: Path) -> None:
         assert sorted(info.commit for info in commits) == list(range(1, len(commits) + 1))
 
 
+@pytest.mark.usefixtures("often")
+def test_what_a_dropped_attempt_left_is_not_released(tmp_path: Path) -> None:
+    """Nobody lacks it, so nobody is to do it."""
+    with _bench(tmp_path) as bench:
+        attempt = bench.start(bench.runner, bench.shard)
+        _eventually(lambda: len(bench.engine.requests) == 6)
+        bench.job.commit(0, [0])
+        bench.engine.allow(1)
+        assert not attempt.result(timeout=20).is_complete
+        assert bench.runner.release(1.0) is None
+        assert not bench.engine.requests
+        again = bench.start(bench.runner, bench.shard)
+        bench.engine.allow(5)
+        assert again.result(timeout=20).is_complete
+
+
 def test_all_may_be_released(tmp_path: Path) -> None:
     """An attempt of which nothing is left has nothing to commit, and nothing is missing of it."""
     with _bench(tmp_path) as bench:

@@ -19,7 +19,7 @@ from pipeline.errors import JobFileError, OutputError, SupersededError
 from pipeline.folder import RunFolder
 from pipeline.records import Completion, FinishReason, RequestId, Shard
 from pipeline.segments import SegmentInfo, committed_infos, read_rows
-from pipeline.writer import OUTPUT_FIELDS, SegmentWriter, output_schema
+from pipeline.writer import OUTPUT_FIELDS, Seen, SegmentWriter, output_schema
 
 NAMES = [field.name for field in OUTPUT_FIELDS]
 
@@ -101,8 +101,8 @@ def test_every_type_passes_through(tmp_path: Path, num_samples: int) -> None:
     folder = _folder(tmp_path)
     writer = _writer(folder, table, num_samples)
     ids = [(row, sample) for row in range(3) for sample in range(num_samples)]
-    writer.write(_shard(table), table, [_done(*i) for i in ids[::2]], 0)
-    writer.write(_shard(table), table, [_done(*i) for i in reversed(ids[1::2])], 1)
+    writer.write(_shard(table), table, [_done(*i) for i in ids[::2]], Seen(0))
+    writer.write(_shard(table), table, [_done(*i) for i in reversed(ids[1::2])], Seen(1))
     rows = read_rows(folder, committed_infos(folder, 0, "f"))
     assert rows.schema.equals(output_schema(table.schema))
     for name in table.column_names:
@@ -119,7 +119,7 @@ def test_output_columns(tmp_path: Path) -> None:
     folder = _folder(tmp_path)
     failed = Completion(RequestId(0, 1, 0), None, FinishReason.ERROR, error="k: m")
     good = _done(0, text="hi", stop_reason="\n", num_prompt_tokens=3, num_completion_tokens=2)
-    info = _writer(folder, table, prefix="o_").write(_shard(table), table, [failed, good], 0)
+    info = _writer(folder, table, prefix="o_").write(_shard(table), table, [failed, good], Seen(0))
     assert read_rows(folder, [info]).to_pylist() == [
         {"completion": 1}
         | {
@@ -141,7 +141,7 @@ def test_schema_is_fixed_by_the_input_alone(tmp_path: Path) -> None:
     table = pa.table({"a": pa.array([None], pa.int16())})
     folder = _folder(tmp_path)
     failed = Completion(RequestId(0, 0, 0), None, FinishReason.ERROR, error="k: m")
-    info = _writer(folder, table).write(_shard(table), table, [failed], 0)
+    info = _writer(folder, table).write(_shard(table), table, [failed], Seen(0))
     types = {field.name: field.type for field in read_rows(folder, [info]).schema}
     assert types == {"a": pa.int16()} | {field.name: field.type for field in OUTPUT_FIELDS}
 
@@ -181,7 +181,7 @@ def test_surrogates(tmp_path: Path, text: str, stored: str) -> None:
     table = pa.table({"a": [1]})
     folder = _folder(tmp_path)
     info = _writer(folder, table).write(
-        _shard(table), table, [_done(0, text=text, stop_reason=text)], 0
+        _shard(table), table, [_done(0, text=text, stop_reason=text)], Seen(0)
     )
     rows = read_rows(folder, [info])
     assert rows["completion"].to_pylist() == rows["stop_reason"].to_pylist() == [stored]
@@ -208,7 +208,7 @@ def test_metadata_of_pandas_is_dropped(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "in.parquet")
     folder = _folder(tmp_path)
     writer = _writer(folder, table)
-    writer.write(_shard(table), table, [_done(0), _done(1)], 0)
+    writer.write(_shard(table), table, [_done(0), _done(1)], Seen(0))
     frame = pd.read_parquet(next(folder.segments.iterdir()))
     assert list(frame.columns) == ["0", "1", "__index_level_0__", *NAMES]
 
@@ -218,9 +218,9 @@ def test_second_attempt_at_a_row_is_superseded(tmp_path: Path) -> None:
     table = pa.table({"a": [1, 2]})
     folder = _folder(tmp_path)
     writer = _writer(folder, table)
-    first = writer.write(_shard(table), table, [_done(0, text="first")], 0)
+    first = writer.write(_shard(table), table, [_done(0, text="first")], Seen(0))
     with pytest.raises(SupersededError):
-        writer.write(_shard(table), table, [_done(0, text="zombie"), _done(1)], 0)
+        writer.write(_shard(table), table, [_done(0, text="zombie"), _done(1)], Seen(0))
     assert read_rows(folder, [first])["completion"].to_pylist() == ["first"]
     assert list(folder.tmp.iterdir()) == []
 
@@ -235,12 +235,12 @@ def test_full_disk_publishes_nothing(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
     try:
         with pytest.raises(OutputError, match=r"File too large.*free space") as caught:
-            writer.write(_shard(table), table, [_done(0, text=text)], 0)
+            writer.write(_shard(table), table, [_done(0, text=text)], Seen(0))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.exit_code == 73
     assert list(folder.tmp.iterdir()) == list(folder.segments.iterdir()) == []
-    info = writer.write(_shard(table), table, [_done(0, text=text)], 0)
+    info = writer.write(_shard(table), table, [_done(0, text=text)], Seen(0))
     assert read_rows(folder, [info])["completion"].to_pylist() == [text]
 
 
@@ -259,7 +259,7 @@ def test_interrupted_write_publishes_nothing(
 
     monkeypatch.setattr(segments.pq, "ParquetWriter", Writer)
     with pytest.raises(KeyboardInterrupt):
-        _writer(folder, table).write(_shard(table), table, [_done(0)], 0)
+        _writer(folder, table).write(_shard(table), table, [_done(0)], Seen(0))
     assert list(folder.tmp.iterdir()) == list(folder.segments.iterdir()) == []
 
 
@@ -271,7 +271,7 @@ def test_file_that_reads_back_otherwise_is_not_published(
     folder = _folder(tmp_path)
     monkeypatch.setattr(SegmentInfo, "num_completions", 2)
     with pytest.raises(segments.DamagedOutputError, match="read back"):
-        _writer(folder, table).write(_shard(table), table, [_done(0)], 0)
+        _writer(folder, table).write(_shard(table), table, [_done(0)], Seen(0))
     assert list(folder.segments.iterdir()) == []
 
 
@@ -285,7 +285,7 @@ def test_our_own_mistakes_are_caught(tmp_path: Path, completions: list[Completio
     table = pa.table({"a": [1]})
     folder = _folder(tmp_path)
     with pytest.raises(AssertionError):
-        _writer(folder, table).write(_shard(table), table, completions, 0)
+        _writer(folder, table).write(_shard(table), table, completions, Seen(0))
     assert list(folder.segments.iterdir()) == []
 
 
@@ -295,5 +295,5 @@ def test_no_input_columns(tmp_path: Path) -> None:
     folder = _folder(tmp_path)
     schema = output_schema(table.schema, columns=[])
     writer = SegmentWriter(folder.root, fingerprint="f", schema=schema, num_samples=1, worker="w")
-    info = writer.write(_shard(table), table.select([]), [_done(1)], 0)
+    info = writer.write(_shard(table), table.select([]), [_done(1)], Seen(0))
     assert read_rows(folder, [info])["row_id"].to_pylist() == ["in.parquet#1"]

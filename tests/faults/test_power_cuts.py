@@ -20,14 +20,15 @@ from jobs.parts import finish, roll_up
 from jobs.verify import verify
 from pipeline.errors import SupersededError
 from pipeline.segments import missing_positions
+from pipeline.writer import Seen
 from tests.faults.power_cuts import Disk, PowerCut
 from tests.run_folders import SmallJob, make_manifest
 
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """The disk is pretended anyway, and this one is faster."""
 
-Attempt = tuple[int, int, list[int]]
-"""Shard, number of the next commit, and positions that were missing."""
+Attempt = tuple[int, Seen, list[int]]
+"""Shard, what is known of its commits, and positions that were missing."""
 
 
 class PowerCuts(RuleBasedStateMachine):
@@ -80,17 +81,17 @@ class PowerCuts(RuleBasedStateMachine):
             shard = pending[number % len(pending)]
             infos = self.job.infos(shard)
             total = self.job.manifest.shard_completions(shard)
-            self.attempts.append((shard, len(infos), missing_positions(infos, total)))
+            self.attempts.append((shard, Seen(len(infos)), missing_positions(infos, total)))
 
     @precondition(lambda self: self.attempts)
     @rule(data=st.data(), lives=st.none() | st.integers(0, 8))
     def publish(self, data: st.DataObject, lives: int | None) -> None:
         """Commits some of what an attempt set out to do."""
         index = data.draw(st.integers(0, len(self.attempts) - 1))
-        shard, commit, wanted = self.attempts.pop(index)
+        shard, seen, wanted = self.attempts.pop(index)
         if wanted:
             done = data.draw(st.sets(st.sampled_from(wanted), min_size=1))
-            self._publish(data, lives, (shard, commit, wanted), done)
+            self._publish(data, lives, (shard, seen, wanted), done)
 
     @rule(data=st.data(), lives=st.none() | st.integers(0, 40))
     def complete(self, data: st.DataObject, lives: int | None) -> None:
@@ -99,19 +100,19 @@ class PowerCuts(RuleBasedStateMachine):
             infos = self.job.infos(shard)
             missing = missing_positions(infos, self.job.manifest.shard_completions(shard))
             if missing:
-                self._publish(data, lives, (shard, len(infos), missing), set(missing))
+                self._publish(data, lives, (shard, Seen(len(infos)), missing), set(missing))
 
     def _publish(
         self, data: st.DataObject, lives: int | None, attempt: Attempt, done: set[int]
     ) -> None:
-        shard, commit, wanted = attempt
+        shard, seen, wanted = attempt
         try:
-            info = self._until_power_cut(data, lives, lambda: self.job.commit(shard, done, commit))
+            info = self._until_power_cut(data, lives, lambda: self.job.commit(shard, done, seen))
         except SupersededError:
             return
         if info is not None:
             self.state.add([info])
-            self.attempts.append((shard, info.commit + 1, [p for p in wanted if p not in done]))
+            self.attempts.append((shard, seen, [p for p in wanted if p not in done]))
             if not self.state.has_part(self.job.manifest.part_of(shard)):
                 self.promised[shard] |= done
 
