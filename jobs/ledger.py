@@ -197,12 +197,15 @@ def prepare(folder: Path) -> RunFolder:
         _refuse_what_is_there(run)
         # A link to a folder that does not exist yet is made good; mkdir would refuse it.
         root = folder.resolve()
-        made = [path for path in (root, *root.parents) if not path.exists()]
+        inner = _inner_folders(run)
+        made = [path for path in (*inner, run.internal, root, *root.parents) if not path.exists()]
         root.mkdir(parents=True, exist_ok=True)
-        for inner in _inner_folders(run):
-            inner.mkdir(parents=True, exist_ok=True)
-        for path in made:
-            sync_folder(path.parent)  # or a power cut may take the folder with all its commits
+        for path in inner:
+            path.mkdir(parents=True, exist_ok=True)
+        # Or a power cut may take a folder with all its commits; also one that an earlier cut took
+        # and that has been made again.
+        for parent in dict.fromkeys(path.parent for path in made):
+            sync_folder(parent)
     return run
 
 

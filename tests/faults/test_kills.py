@@ -18,7 +18,7 @@ from tests.small_jobs import num_segments, read_output, shardmill, wait_until
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
 NUM_ROWS = 720
 
-LONG_SEEDS = 34
+LONG_SEEDS = 40
 KILLS_PER_SEED = 7
 AT_A_TIME = 2
 """Jobs that are killed beside each other: most of a run is waiting for processes to start."""

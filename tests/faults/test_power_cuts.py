@@ -194,6 +194,18 @@ class PowerCuts(RuleBasedStateMachine):
         assert manifest.exists() or not self.has_begun, "the folder was reported to be there"
 
 
+def test_a_folder_that_was_lost_alone_is_made_safe_again(tmp_path: Path) -> None:
+    """A cut took it and left the manifest; the next one must not take what is committed since."""
+    scratch, graveyard = tmp_path / "scratch", tmp_path / "graveyard"
+    graveyard.mkdir()
+    SmallJob(scratch).folder.segments.rmdir()
+    disk = Disk(scratch, graveyard)
+    with disk.plugged_in():
+        SmallJob(scratch).commit(0)
+    disk.restart(lambda values: values[0])
+    assert [info.commit for info in SmallJob(scratch).infos(0)] == [0]
+
+
 TestPowerCuts = PowerCuts.TestCase
 TestPowerCuts.settings = settings(
     max_examples=40, stateful_step_count=20, suppress_health_check=list(HealthCheck)
