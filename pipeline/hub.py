@@ -112,7 +112,8 @@ def _sentence(
     if isinstance(error, errors.HFValidationError) or _looks_like_path(path):
         return f"{name} is neither a folder on this machine nor a hub id such as 'org/name'."
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{revision!r} is no branch, tag or commit of {name}."
+        where = "model.revision " if setting == "model.path" else ""
+        return f"{where}{revision!r} is no branch, tag or commit of {name}."
     if isinstance(error, errors.GatedRepoError):
         return (
             f"{name} is gated: accept its terms on its hub page, and log in with `hf auth login` "
