@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.crew import Crew, Event, ShardDone
+from jobs.crew import Crew
+from jobs.events import Event, ShardDone
 from jobs.ledger import Ledger
 from jobs.manifest import Manifest
 from jobs.member import Member

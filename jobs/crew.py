@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -22,12 +22,13 @@ from ray.exceptions import (
 )
 
 from jobs.cluster import WorkerShape, check_ray, resources
+from jobs.events import Event, RowsReleased, ShardDone, WorkerLost, WorkerReady
 from jobs.logs import FILE_ONLY
 from jobs.member import Member
 from jobs.progress import WorkerMetrics
+from jobs.sharing import who_releases
 from jobs.worker import OTHER_CALLS, Worker, WorkerSpec
 from pipeline.errors import ResourceError, ShardmillError
-from pipeline.outcome import Released, ShardOutcome, WorkerInfo
 from pipeline.records import RowRange, Shard
 from pipeline.segments import Totals
 
@@ -57,50 +58,8 @@ POLL_INTERVAL = 1.0
 SHARING_POLL_INTERVAL = 0.2
 """The same while a worker waits for rows that another one releases."""
 
-
-@dataclass(frozen=True, slots=True)
-class ShardDone:
-    """A worker has answered for a shard."""
-
-    worker: int
-    shard: Shard
-    outcome: ShardOutcome
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerReady:
-    """A worker has loaded its model."""
-
-    worker: int
-    info: WorkerInfo
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerLost:
-    """A worker is gone, with the shards it held.
-
-    Attributes:
-        with_node: its whole node is gone, or cannot be reached any more.
-    """
-
-    worker: int
-    shards: tuple[Shard, ...]
-    cause: str
-    with_node: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RowsReleased:
-    """A worker has given up rows of a shard, for one that has none."""
-
-    worker: int
-    released: Released
-
-
 _NODE_DIED = "its node has died"
 """What Ray's error says of an actor that was lost with its node."""
-
-Event = ShardDone | WorkerReady | WorkerLost | RowsReleased
 
 
 class Crew:
@@ -193,27 +152,11 @@ class Crew:
         return any(held.index == shard for member in self._members for held in member.shards())
 
     def share_out(self) -> None:
-        """For each worker that has nothing, asks another one to release rows it has not begun.
-
-        That is the one that would need longest for them; it keeps as many as it will have begun
-        with when the other is through with its share.
-        """
+        """Where workers have nothing, asks others to release rows they have not begun."""
         ready = [member for member in self._members if member.is_ready and not member.is_alone]
-        idle = [member for member in ready if not member.shards()]
-        self._is_sharing_out = bool(idle)
-        takers = idle[self.num_releasing :]
-        if not takers:
-            return
-        # One that has done nothing yet is taken to be as fast as the fastest.
-        fastest = max((member.speed for member in ready if member.speed), default=1.0)
-        holders = [
-            (member.progress.num_unstarted / (member.speed or fastest), member.index)
-            for member in ready
-            if member.shards() and member.progress.num_unstarted and not member.is_asked("release")
-        ]
-        for taker, (_, index) in zip(takers, sorted(holders, reverse=True), strict=False):
-            speed, others = taker.speed or fastest, self._members[index].speed or fastest
-            self._ask(self._members[index], "release", speed / (speed + others))
+        self._is_sharing_out = not all(member.shards() for member in ready)
+        for holder, share in who_releases(ready):
+            self._ask(holder, "release", share)
 
     def start(self) -> None:
         """Starts an actor in every empty place whose time has come.

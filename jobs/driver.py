@@ -12,7 +12,8 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from jobs.crew import Crew, Event, RowsReleased, ShardDone, WorkerLost, WorkerReady
+from jobs.crew import Crew
+from jobs.events import Event, RowsReleased, ShardDone, WorkerLost, WorkerReady
 from jobs.losses import Losses
 from jobs.progress import Rate, Reporter, Snapshot
 from jobs.recorder import Recorder

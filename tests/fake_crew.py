@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from jobs.crew import Crew, Event, RowsReleased, ShardDone, WorkerLost
+from jobs.crew import Crew
 from jobs.driver import Driver
+from jobs.events import Event, RowsReleased, ShardDone, WorkerLost
 from jobs.member import Member
 from jobs.progress import Silent
 from jobs.recorder import Recorder

@@ -10,8 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.crew import Crew, Event
+from jobs.crew import Crew
 from jobs.driver import Driver
+from jobs.events import Event
 from jobs.member import Member
 from jobs.progress import Silent
 from jobs.recorder import Recorder

@@ -17,7 +17,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from jobs import crew as crew_module
 from jobs.beacon import light
 from jobs.cluster import WorkerShape
-from jobs.crew import Crew, Event, RowsReleased, ShardDone, WorkerLost, WorkerReady
+from jobs.crew import Crew
+from jobs.events import Event, RowsReleased, ShardDone, WorkerLost, WorkerReady
 from jobs.member import Member
 from jobs.worker import Worker, WorkerSpec
 from pipeline.checkpoint import fetch

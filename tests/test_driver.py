@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.crew import Event
+from jobs.events import Event
 from jobs.losses import MAX_FAILED_STARTS, MAX_LOSSES_IN_A_ROW
 from jobs.stop import StopRequest
 from pipeline.errors import StoppedError, TooManyFailedRowsError, WorkerError

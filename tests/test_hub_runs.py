@@ -18,7 +18,8 @@ import yaml
 from huggingface_hub import HfApi, constants, errors
 
 from jobs.cluster import WorkerShape
-from jobs.crew import Crew, Event, WorkerReady
+from jobs.crew import Crew
+from jobs.events import Event, WorkerReady
 from jobs.worker import Worker
 from pipeline.checkpoint import fetch
 from pipeline.settings import ModelSettings
