@@ -19,7 +19,8 @@ import jobs.ledger
 from benchmarks.instant_crew import InstantCrew, write_hollow_part, write_segment
 from jobs.config import load_job
 from jobs.driver import Driver
-from jobs.ledger import Ledger, open_or_create
+from jobs.ledger import Ledger
+from jobs.opening import open_or_create
 from jobs.parts import PartInfo, roll_up
 from jobs.prepare import prepare_job
 from jobs.progress import Silent

@@ -103,7 +103,7 @@ class Crew:
     @property
     def interim(self) -> Totals:
         """What is committed of shards that workers hold."""
-        return sum((member.progress.interim for member in self._members), Totals())
+        return sum((member.interim for member in self._members), Totals())
 
     @property
     def num_generated_tokens(self) -> int:

@@ -6,13 +6,16 @@ The shard list is arithmetic over the files: memory grows with files, not with r
 from __future__ import annotations
 
 import base64
+import json
 from bisect import bisect_right
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 
 import pyarrow as pa
 from pydantic import Field, JsonValue
 
+from pipeline.errors import DamagedOutputError, OutputError
 from pipeline.records import Shard
 from pipeline.settings import Settings
 
@@ -130,3 +133,26 @@ class Manifest(Settings):
 def encode_schema(schema: pa.Schema) -> str:
     """The text that `Manifest.output_schema` holds."""
     return base64.b64encode(schema.serialize().to_pybytes()).decode()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read what a folder was started with.
+
+    Raises:
+        OutputError: a newer Shardmill has started it.
+        DamagedOutputError: it is not what was written.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        version = json.loads(text)["format_version"]
+        if version == FORMAT_VERSION:
+            return Manifest.model_validate_json(text)
+    except (ValueError, KeyError, TypeError) as error:  # ValidationError is a ValueError
+        raise DamagedOutputError(
+            f"manifest '{path}' is damaged ({str(error).splitlines()[0]}); put it back from a "
+            "copy, or start anew with --fresh"
+        ) from error
+    raise OutputError(
+        f"output folder '{path.parent.parent}' has layout {version!r} and this Shardmill knows "
+        f"{FORMAT_VERSION}; continue with the version of Shardmill that started it"
+    )

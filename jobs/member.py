@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.metrics import EngineMetrics
 from pipeline.outcome import Progress, WorkerInfo
 from pipeline.records import Shard
+from pipeline.segments import Totals
 
 RESTART_DELAY = 1.0
 MAX_RESTART_DELAY = 60.0
@@ -61,6 +62,13 @@ class Member:
         metrics = self.progress.metrics
         is_known = metrics.num_generated_tokens and metrics.decode_seconds
         return metrics.num_generated_tokens / metrics.decode_seconds if is_known else None
+
+    @property
+    def interim(self) -> Totals:
+        """What it has committed of what it holds, as far as it has told."""
+        # Of what it has answered for meanwhile, the answer tells.
+        told = self.progress.interim
+        return sum((told[shard] for shard in self.shards() if shard in told), Totals())
 
     def shards(self) -> list[Shard]:
         """What it holds."""

@@ -12,8 +12,9 @@ from jobs import __version__
 from jobs.config import JobConfig, build_job
 from jobs.differences import differences
 from jobs.fingerprint import fingerprint
-from jobs.ledger import Ledger, job_differences
+from jobs.ledger import Ledger
 from jobs.manifest import Manifest, PlannedFile
+from jobs.opening import job_differences
 from jobs.parts import PartInfo
 from jobs.prepare import PreparedJob, prepare_job
 from jobs.retries import Retry

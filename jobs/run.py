@@ -26,11 +26,12 @@ from jobs.crew import Crew
 from jobs.differences import differences
 from jobs.driver import Driver, check_failed
 from jobs.exporter import ClusterMetrics
-from jobs.ledger import Ledger, open_or_create, prepare, set_aside
+from jobs.ledger import Ledger
 from jobs.lock import RunLock
 from jobs.logs import log_handler
 from jobs.metrics import MetricsFile, total
 from jobs.nodes import await_nodes
+from jobs.opening import open_or_create, prepare, set_aside
 from jobs.parts import finish
 from jobs.plan import choose_shards_in_flight
 from jobs.prepare import PreparedJob, prepare_job, prepared_for_now

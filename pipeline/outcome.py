@@ -5,10 +5,12 @@ Apart from `shard_runner`, so that the driver can read it without importing torc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.metrics import EngineMetrics
+from pipeline.records import Shard
 from pipeline.segments import SegmentInfo, Totals
 
 
@@ -57,7 +59,7 @@ class Progress:
 
     Attributes:
         metrics: of its engine.
-        interim: what it has committed of shards that it has not answered for yet.
+        interim: what it has committed of each shard that it has not answered for yet.
         peak: of its memory; that it grows is no sign that the worker gets on.
         num_unstarted: completions that wait for a slot, of which it may release some; no sign
             of anything either.
@@ -65,7 +67,7 @@ class Progress:
 
     metrics: EngineMetrics = field(default_factory=EngineMetrics)
     num_commits: int = 0
-    interim: Totals = field(default_factory=Totals)
+    interim: Mapping[Shard, Totals] = field(default_factory=dict)
     peak: MemoryPeak = field(default_factory=MemoryPeak, compare=False)
     num_unstarted: int = field(default=0, compare=False)
 

@@ -83,7 +83,7 @@ class ShardRunner:
         self._num_samples = num_samples
         self._passed_columns = list(passed_columns)
         self._num_commits = 0
-        self._interim: dict[Collector, Totals] = {}  # committed by attempts that go on
+        self._interim: dict[Shard, Totals] = {}  # committed by attempts that go on
         self._interim_lock = threading.Lock()
 
     def run(self, shard: Shard, rows: RowRange | None = None) -> ShardOutcome:
@@ -116,14 +116,14 @@ class ShardRunner:
                 commits.append(self._writer.write(shard, passed, finished, seen))
                 self._num_commits += 1
                 with self._interim_lock:
-                    self._interim[collector] = sum((info.totals for info in commits), Totals())
+                    self._interim[shard] = sum((info.totals for info in commits), Totals())
         except SupersededError:
             logger.info("shard %d: another attempt has committed; this one is dropped", shard.index)
             return ShardOutcome(shard.index, tuple(commits), is_complete=False)
         finally:
             self._engine.forget(requests, collector)
             with self._interim_lock:
-                self._interim.pop(collector, None)
+                self._interim.pop(shard, None)
         num_committed = sum(info.num_completions for info in commits)
         return ShardOutcome(shard.index, tuple(commits), num_committed == collector.num_expected)
 
@@ -148,7 +148,7 @@ class ShardRunner:
     def progress(self) -> Progress:
         """The counts so far; callable from any thread, also during a step."""
         with self._interim_lock:
-            interim = sum(self._interim.values(), Totals())
+            interim = dict(self._interim)
         return Progress(
             self._engine.engine.metrics,
             self._num_commits,

@@ -11,7 +11,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from jobs.config import load_job
-from jobs.ledger import Ledger, open_or_create, prepare
+from jobs.ledger import Ledger
+from jobs.opening import open_or_create, prepare
 from jobs.parts import finish
 from jobs.prepare import prepare_job
 from jobs.recorder import Recorder

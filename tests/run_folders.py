@@ -9,8 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.ledger import Ledger, open_or_create
+from jobs.ledger import Ledger
 from jobs.manifest import Manifest, PlannedFile, encode_schema
+from jobs.opening import open_or_create
 from jobs.parts import finish, roll_up
 from pipeline.records import Completion, FinishReason, RequestId, Shard
 from pipeline.segments import SegmentInfo, committed_infos, missing_positions

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from jobs.ledger import set_aside
+from jobs.opening import set_aside
 from jobs.parts import finish, roll_up
 from jobs.verify import verify
 from pipeline.errors import DamagedOutputError, SupersededError

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.ledger import prepare
 from jobs.lock import Owner, RunLock, read_owner
+from jobs.opening import prepare
 from pipeline.errors import LockedError, OutputError
 
 HOLDER = """

@@ -17,6 +17,7 @@ from pipeline.errors import ResourceError
 from pipeline.metrics import EngineMetrics
 from pipeline.outcome import Progress, ShardOutcome
 from pipeline.records import Shard
+from pipeline.segments import Totals
 
 SHARD = Shard(0, "in.parquet", "in", 0, 8)
 SPEC: Any = SimpleNamespace(shards_in_flight=2)
@@ -43,6 +44,18 @@ def test_restarts_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
         waits.append(member.start_at - 1000.0)
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
     assert (member.index, member.node) == (3, "a")
+
+
+def test_what_is_answered_for_is_not_counted_as_held() -> None:
+    """A worker's last word on its commits may be older than its answer, which has them, too."""
+    crew, other = _crew("a", "b"), replace(SHARD, index=1)
+    member = crew._members[0]
+    member.progress = Progress(interim={SHARD: Totals(stop=3), other: Totals(length=2)})
+    _hold(crew, 0)
+    member.calls[object()] = ("run", other)
+    assert crew.interim == Totals(stop=3, length=2)
+    del member.calls[next(iter(member.calls))]
+    assert crew.interim == Totals(length=2)
 
 
 def test_a_commit_ends_the_back_off() -> None:

@@ -21,7 +21,7 @@ import pipeline.model
 from jobs import beacon
 from jobs.beacon import light
 from jobs.config import load_job
-from jobs.ledger import open_or_create
+from jobs.opening import open_or_create
 from jobs.prepare import prepare_job
 from jobs.worker import Worker, WorkerSpec
 from pipeline.errors import InputError, ResourceError

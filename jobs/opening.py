@@ -1,0 +1,186 @@
+"""A run folder made ready, started or continued, refused, moved aside.
+
+Only the holder of the run's lock calls `open_or_create`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+
+from jobs.differences import differences
+from jobs.ledger import Ledger
+from jobs.lock import RunLock
+from jobs.manifest import Manifest, read_manifest
+from pipeline.errors import JobDiffersError, OutputError
+from pipeline.folder import RunFolder
+from pipeline.publish import output_errors, sync_folder, write_json
+
+_FOLDERS = ("segments", "tmp", "logs", "input")
+_BEFORE_MANIFEST = frozenset({*_FOLDERS, "lock", "job.yaml"})
+
+
+def prepare(folder: Path) -> RunFolder:
+    """Make the inner folders of a run folder, in a new or empty folder or one of our own.
+
+    Comes first in a run: the lock and converted inputs need the folders.
+
+    Raises:
+        OutputError: the folder holds something else, is a file, or cannot be written.
+    """
+    run = RunFolder(folder)
+    with output_errors(folder):
+        _refuse_what_is_there(run)
+        # A link to a folder that does not exist yet is made good; mkdir would refuse it.
+        root = folder.resolve()
+        inner = _inner_folders(run)
+        made = [path for path in (*inner, run.internal, root, *root.parents) if not path.exists()]
+        root.mkdir(parents=True, exist_ok=True)
+        for path in inner:
+            path.mkdir(parents=True, exist_ok=True)
+        # Or a power cut may take a folder with all its commits; also one that an earlier cut took
+        # and that has been made again.
+        for parent in dict.fromkeys(path.parent for path in made):
+            sync_folder(parent)
+    return run
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a folder that `prepare` would refuse; makes nothing.
+
+    Raises:
+        OutputError: see `prepare`.
+    """
+    run = RunFolder(folder)
+    with output_errors(folder):
+        _refuse_what_is_there(run)
+        for path in (folder, *_inner_folders(run)):
+            _check_writable(path.resolve())
+
+
+def _inner_folders(run: RunFolder) -> list[Path]:
+    return [run.internal / name for name in _FOLDERS]
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise what the system would say to a file made in `folder`, or to making `folder`."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
+
+
+def _refuse_what_is_there(run: RunFolder) -> None:
+    if run.root.exists() and not run.root.is_dir():
+        raise OutputError(f"output folder '{run.root}' is a file; choose another with --output")
+    if run.root.exists() and not run.manifest.exists():
+        _refuse_strangers(run)
+
+
+def _refuse_strangers(run: RunFolder) -> None:
+    found = {path.name for path in run.root.iterdir()} - {run.internal.name}
+    if not found and run.internal.is_dir():
+        # A run that died before its manifest was written leaves these.
+        found = {
+            path.name
+            for path in run.internal.iterdir()
+            if path.name not in _BEFORE_MANIFEST and path.suffix != ".tmp"
+        }
+    if found:
+        shown = ", ".join(f"'{name}'" for name in sorted(found)[:3])
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise OutputError(
+            f"output folder '{run.root}' holds {shown}{more} and no run of Shardmill; choose a new "
+            "or empty folder with --output"
+        )
+
+
+def open_or_create(folder: Path, manifest: Manifest) -> Ledger:
+    """Start a run folder with `manifest`, or continue one that was started with an equal job.
+
+    A continued folder keeps its own plan (shard and part sizes), which commits depend on, and
+    takes the inputs' paths from `manifest`, as they may have been moved.
+
+    Raises:
+        JobDiffersError: the folder was started with another job; lists what differs.
+        OutputError: see `prepare`; or the folder is a newer Shardmill's.
+        DamagedOutputError: its manifest is damaged.
+    """
+    run = prepare(folder)
+    if not run.manifest.exists():
+        write_json(run.manifest, manifest.model_dump(mode="json"))
+        return Ledger(run, manifest)
+    ledger = Ledger(run, read_manifest(run.manifest))
+    check_same_job(ledger, manifest)
+    return Ledger(run, ledger.manifest.model_copy(update={"files": manifest.files}))
+
+
+def check_same_job(ledger: Ledger, new: Manifest) -> None:
+    """Refuse to continue a folder with a job that would give other answers.
+
+    Raises:
+        JobDiffersError: lists what differs.
+    """
+    lines = job_differences(ledger.manifest, new)
+    if not lines:
+        return
+    raise JobDiffersError(
+        f"output folder '{ledger.folder.root}' was started with another job; go back to that "
+        "one, or start anew with --fresh or in another folder with --output. What differs "
+        "(then -> now):\n  " + "\n  ".join(lines)
+    )
+
+
+def job_differences(old: Manifest, new: Manifest) -> list[str]:
+    """What keeps the job of `new` from going on where `old` began, a line each; [] is nothing."""
+    if old.fingerprint == new.fingerprint and _layout(old) == _layout(new):
+        return []
+    return differences(_limit(old), _limit(new)) + (
+        differences(old.fingerprint_fields, new.fingerprint_fields)
+        or differences(_layout(old), _layout(new))
+        or [f"fingerprint: {old.fingerprint} -> {new.fingerprint}"]
+    )
+
+
+def _limit(manifest: Manifest) -> dict[str, object]:
+    # Explains files with other numbers of rows. Changes nothing where it is not reached.
+    settings = manifest.job.get("input")
+    return {"input.limit": settings.get("limit")} if isinstance(settings, dict) else {}
+
+
+def _layout(manifest: Manifest) -> dict[str, object]:
+    # What the commits' positions mean; files in another order have an equal fingerprint.
+    files = [f"{file.name} ({file.num_rows} rows)" for file in manifest.files]
+    return {"num_samples": manifest.num_samples, "input files, in order": files}
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move a run folder to `<folder>.old-<time>`, for `--fresh`; nothing is ever deleted.
+
+    Returns:
+        Where it is now, or None if there was none.
+
+    Raises:
+        LockedError: a run works in it.
+        OutputError: it is something else's, or cannot be moved.
+    """
+    with output_errors(folder):
+        source = folder.resolve()
+        if not source.exists() or not RunFolder(source).internal.is_dir():
+            return None
+        target = _free_name(source)
+        with RunLock(source):
+            source.rename(target)
+    return target
+
+
+def _free_name(source: Path) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    target, number = source.with_name(f"{source.name}.old-{stamp}"), 1
+    while target.exists():
+        number += 1
+        target = source.with_name(f"{source.name}.old-{stamp}-{number}")
+    return target

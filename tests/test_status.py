@@ -1,0 +1,69 @@
+"""Where a job stands, from its folder alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from jobs.ledger import Ledger
+from jobs.lock import RunLock
+from jobs.parts import roll_up
+from jobs.status import read_status
+from jobs.tally import Stamp, stamp_of
+from pipeline.segments import Totals
+from tests.run_folders import SmallJob
+
+
+def test_status_of_a_job(tmp_path: Path) -> None:
+    """The folder alone tells how far the job is, who runs it and when it is complete."""
+    job = SmallJob(tmp_path, num_samples=2)
+    assert read_status(job.path).totals == Totals()
+    for shard in (0, 1, 2):
+        job.commit(shard)
+    roll_up(job.folder, job.manifest, 0)
+    with RunLock(job.path):
+        status = read_status(job.path)
+    assert (status.num_rows, status.num_completions, status.totals.num_completions) == (11, 22, 14)
+    assert status.totals == Totals(8, 4, 2, 120, 60)
+    assert (status.num_parts_done, status.num_parts, status.is_complete) == (1, 3, False)
+    assert status.owner is not None
+    assert status.owner.pid == os.getpid()
+    job.finish()
+    status = read_status(job.path)
+    assert status.is_complete
+    assert status.owner is None
+    assert status.totals.num_completions == 22
+
+
+@pytest.mark.parametrize("gone", ["part-00001.parquet", "_SUCCESS"])
+def test_status_is_complete_with_all_files_only(tmp_path: Path, gone: str) -> None:
+    """`_SUCCESS` alone says nothing once a part was deleted; nor do parts that nobody counted."""
+    job = SmallJob(tmp_path)
+    job.finish()
+    (job.path / gone).unlink()
+    assert not read_status(job.path).is_complete
+    job.finish()
+    assert read_status(job.path).is_complete
+
+
+def test_status_beside_a_roll_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments that go into a part while status reads them are counted once."""
+    job = SmallJob(tmp_path)
+    job.commit_all()
+    scan = Ledger.scan
+    parts = iter(range(job.manifest.num_parts))
+
+    last = job.manifest.part_name(job.manifest.num_parts - 1)
+
+    def stamp(path: Path) -> Stamp | None:
+        there = stamp_of(path)
+        if path.name == last and (next_part := next(parts, None)) is not None:
+            roll_up(job.folder, job.manifest, next_part)
+        return there
+
+    monkeypatch.setattr("jobs.ledger.stamp_of", stamp)
+    with pytest.raises(FileNotFoundError):
+        scan(job.ledger)
+    assert read_status(job.path).totals.num_completions == job.manifest.num_completions
