@@ -18,6 +18,7 @@ from ray._raylet import (  # type: ignore[attr-defined]
 
 from jobs.config import WorkersSettings
 from jobs.private_ray import private_ray
+from pipeline.cgroups import num_cores
 from pipeline.errors import RayFailedError, ResourceError
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ class WorkerShape:
     """How many workers there are and what Ray reserves for each.
 
     Attributes:
-        num_cpus: below 1 when there are more workers than cores.
+        num_cpus: below 1 when there are more workers than cores; none beside a GPU, which must
+            not idle where all cores are taken.
         num_threads: threads of one worker's torch.
         most: workers there may be when the cluster grows.
         num_per_node: workers that share a node at least.
@@ -130,8 +132,6 @@ def _connect(address: str | None, folder: Path | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Without this Ray tells of each lost worker on standard output, whatever log_to_driver says.
     ray._private.worker._worker_logs_enabled = False
-    # A worker that is given no GPU must not see one.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         if get_authentication_mode() != AuthenticationMode.TOKEN:
@@ -170,11 +170,6 @@ def check_ray() -> None:
         )
 
 
-def num_cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def shape_workers(settings: WorkersSettings, resources: Resources, num_shards: int) -> WorkerShape:
     """Divides the cluster among workers.
 
@@ -196,7 +191,7 @@ def shape_workers(settings: WorkersSettings, resources: Resources, num_shards: i
         count = min(wanted, num_shards)
         most = num_shards if settings.count == "auto" else count
         beside = min(count, max(gpus // num_gpus for gpus in resources.gpus))
-        return WorkerShape(count, num_gpus, 1, num_threads=1, most=most, num_per_node=beside)
+        return WorkerShape(count, num_gpus, 0, num_threads=1, most=most, num_per_node=beside)
     nodes = [cores for cores in resources.cpus if cores] or [1]
     room = sum(cores // max(1, cores // 8) for cores in nodes)
     count = min(_wanted(settings, room), num_shards)

@@ -6,7 +6,6 @@ Everything that asks Ray for a result is in `Crew.wait`, which never waits longe
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +24,7 @@ from jobs.cluster import WorkerShape, check_ray, resources
 from jobs.events import Event, RowsReleased, ShardDone, WorkerLost, WorkerReady
 from jobs.logs import FILE_ONLY
 from jobs.member import Member
+from jobs.patience import PLACE_TIMEOUT, Patience
 from jobs.progress import WorkerMetrics
 from jobs.sharing import who_releases
 from jobs.worker import OTHER_CALLS, Worker, WorkerSpec
@@ -34,14 +34,9 @@ from pipeline.segments import Totals
 
 logger = logging.getLogger(__name__)
 
-PLACE_TIMEOUT = 300.0
-"""Seconds for Ray to find room for one worker's process at least, and start it."""
-
-DOWNLOAD_TIMEOUT = 6 * 3600.0
-"""Seconds for a model to arrive on a node."""
-
-LOAD_TIMEOUT = 3600.0
-"""Seconds to load a model: hundreds of gigabytes from a slow disk fit in."""
+REFUSED_DELAY = 600.0
+"""Seconds after which a worker that could not start where others could is tried again: its node
+may be mended, or memory free that another process has held."""
 
 REFRESH_TIMEOUT = 5.0
 """Seconds to wait for the last answer how far the workers are."""
@@ -73,10 +68,9 @@ class Crew:
     def __init__(self, spec: WorkerSpec, shape: WorkerShape, stall_timeout: float) -> None:
         self._spec = spec
         self._shape = shape
-        self._stall_timeout = stall_timeout
+        self._patience = Patience(stall_timeout)
         self._shards_in_flight = spec.shards_in_flight
         self._members = [Member(index) for index in range(shape.count)]
-        self._had_room_at: float | None = None
         self._looked_at = time.monotonic()
         self._is_sharing_out = False
 
@@ -195,6 +189,7 @@ class Crew:
         if rest:
             ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         events = [event for ref in ready for event in self._settle(members[ref], ref)]
+        self._patience.look(self._members, waited=timeout)
         return events + [event for member in self._members for event in self._overdue(member)]
 
     def refresh(self) -> None:
@@ -255,7 +250,7 @@ class Crew:
             answer = ray.get(ref)
         except RayTaskError as error:
             if isinstance(error.cause, ShardmillError):
-                if method not in STARTING or not self.num_ready:
+                if method not in STARTING or not self._can_do_without(member):
                     raise error.cause from None
                 self._give_up(member, error.cause)
                 return []
@@ -271,11 +266,17 @@ class Crew:
         del member.calls[ref]
         return self._take(member, method, shard, answer)
 
+    def _can_do_without(self, member: Member) -> bool:
+        """Whether there is another worker that has started, and can again if it is lost."""
+        others = (other for other in self._members if other is not member)
+        return any(other.info is not None and not other.is_refused for other in others)
+
     def _give_up(self, member: Member, cause: ShardmillError) -> None:
-        """Does without a worker that cannot start where others can, for the rest of the run."""
+        """Does without a worker that cannot start where others can, for a while."""
         logger.warning("worker %d is done without: %s", member.index, cause)
         ray.kill(member.actor, no_restart=True)
-        self._members[member.index] = replace(member.emptied(), start_at=math.inf)
+        start_at = time.monotonic() + REFUSED_DELAY
+        self._members[member.index] = replace(member.emptied(), is_refused=True, start_at=start_at)
 
     def _take(self, member: Member, method: str, shard: Shard | None, answer: Any) -> list[Event]:
         if method == "place":
@@ -285,14 +286,14 @@ class Crew:
             member.moved_at = time.monotonic()
             self._ask(member, "load")
         elif method == "load":
-            member.is_ready, member.info = True, answer
+            member.is_ready, member.is_refused, member.info = True, False, answer
             return [WorkerReady(member.index, answer)]
         elif method == "progress":
             if answer.num_commits > member.progress.num_commits:
                 member.num_losses = 0
             if answer != member.progress:
                 member.moved_at = time.monotonic()
-            member.progress = answer
+            member.take_progress(answer)
         elif method == "release":
             # What it has left, the next poll tells.
             member.progress = replace(member.progress, num_unstarted=0)
@@ -301,18 +302,12 @@ class Crew:
             member.moved_at = time.monotonic()
             member.is_alone = False
             member.num_losses = 0
+            member.forget_interim(shard)
             return [ShardDone(member.index, shard, answer)]
         return []
 
     def _check_room(self) -> None:
-        """Gives up when no worker at all has found room for too long.
-
-        While others work, one that finds none waits for it: its node may come back.
-        """
-        now = time.monotonic()
-        if self._had_room_at is None or any(member.has_room for member in self._members):
-            self._had_room_at = now
-        elif now - self._had_room_at > PLACE_TIMEOUT:
+        if not self._patience.has_room(self._members):
             raise ResourceError(
                 f"Ray found no room for a worker with {self._shape.num_gpus} GPUs and "
                 f"{self._shape.num_cpus:g} CPUs in {PLACE_TIMEOUT:.0f} s; "
@@ -321,18 +316,8 @@ class Crew:
 
     def _overdue(self, member: Member) -> list[Event]:
         """Loses a member that has not got on for too long."""
-        silence = time.monotonic() - member.moved_at
-        if member.is_asked("place") and silence > PLACE_TIMEOUT:
-            logger.warning("worker %d: no room for %.0f s; it waits", member.index, silence)
-            member.moved_at = time.monotonic()
-        if member.is_asked("fetch") and silence > DOWNLOAD_TIMEOUT:
-            return [self._lose(member, f"its model was not downloaded in {DOWNLOAD_TIMEOUT:.0f} s")]
-        if member.is_asked("load") and silence > LOAD_TIMEOUT:
-            return [self._lose(member, f"its model was not loaded in {LOAD_TIMEOUT:.0f} s")]
-        is_busy = member.shards() or member.is_asked("release")
-        if is_busy and silence > self._stall_timeout:
-            return [self._lose(member, f"it stood still for {self._stall_timeout:.0f} s")]
-        return []
+        cause = self._patience.exhausted(member)
+        return [] if cause is None else [self._lose(member, cause)]
 
     def _lose(self, member: Member, cause: str, *, with_node: bool = False) -> WorkerLost:
         ray.kill(member.actor, no_restart=True)

@@ -73,7 +73,7 @@ class Driver:
         self._again: deque[Shard] = deque()
         self._suspects = Suspects()
         self._lost_with_node: set[Shard] = set()
-        self._losses = Losses(self.crew.num_workers)
+        self._losses = Losses(lambda: self.crew.num_workers)
         self._num_generated = self._committed().num_generated
         self._has_generated = False
         self._is_handed_out = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pipeline.errors import WorkerError
 
 MAX_FAILED_STARTS = 4
@@ -18,11 +20,11 @@ class Losses:
     """Counts workers that were lost one after the other.
 
     Args:
-        num_workers: of the run. A machine that goes takes all its workers with it, so the limits
-            grow with it.
+        num_workers: tells how many the run has now. A machine that goes takes all its workers
+            with it, so the limits grow with them.
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: Callable[[], int]) -> None:
         self._num_workers = num_workers
         self._in_a_row = 0
         self._failed_starts = 0
@@ -30,7 +32,7 @@ class Losses:
     @property
     def are_many(self) -> bool:
         """Whether it is time to see if other rows can be done."""
-        return self._in_a_row >= MANY_LOSSES_IN_A_ROW * self._num_workers
+        return self._in_a_row >= MANY_LOSSES_IN_A_ROW * self._num_workers()
 
     def add(self, cause: str, *, held_rows: bool) -> None:
         """Counts one more.
@@ -40,12 +42,12 @@ class Losses:
         """
         self._in_a_row += 1
         self._failed_starts += not held_rows
-        if self._failed_starts >= MAX_FAILED_STARTS * self._num_workers:
+        if self._failed_starts >= MAX_FAILED_STARTS * self._num_workers():
             raise WorkerError(
                 f"workers were lost {self._failed_starts} times before they had begun with a row "
                 f"(the last one: {cause}); the logs in .shardmill/logs say more"
             )
-        if self._in_a_row >= MAX_LOSSES_IN_A_ROW * self._num_workers:
+        if self._in_a_row >= MAX_LOSSES_IN_A_ROW * self._num_workers():
             raise WorkerError(
                 f"{self._in_a_row} workers were lost and no row was done in between (the last one: "
                 f"{cause}), so it does not lie in a row; the logs in .shardmill/logs say more"

@@ -13,6 +13,7 @@ import psutil
 
 from jobs import __version__
 from jobs.prepare import ANSWERING_LIBRARIES
+from pipeline.cgroups import num_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,9 @@ class Surroundings:
 
 def surroundings() -> Surroundings:
     """As they are now."""
-    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
     return Surroundings(
         cpu=_cpu(),
-        num_cores=len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1,
+        num_cores=num_cores(),
         memory_bytes=psutil.virtual_memory().total,
         load_average=os.getloadavg()[0],
         system=f"{platform.system()} {platform.release()}, Python {platform.python_version()}",

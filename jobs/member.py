@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.metrics import EngineMetrics
@@ -27,6 +27,8 @@ class Member:
         before: what the actors that are gone have done.
         node: where the actor runs, or the one before it ran; empty if there was none.
         is_alone: whether it holds one shard and shall be given no other beside it.
+        is_refused: whether its last actor could not be started for a reason that lies in its place.
+        answered_for: shards whose answer is newer than what is asked of its progress.
         num_losses: actors lost one after the other, with no commit in between.
         moved_at: monotonic seconds when it last got on.
         start_at: monotonic seconds when a new actor may be started.
@@ -41,6 +43,8 @@ class Member:
     is_ready: bool = False
     progress: Progress = field(default_factory=Progress)
     is_alone: bool = False
+    is_refused: bool = False
+    answered_for: set[Shard] = field(default_factory=set)
     num_losses: int = 0
     moved_at: float = 0.0
     polled_at: float = 0.0
@@ -66,9 +70,24 @@ class Member:
     @property
     def interim(self) -> Totals:
         """What it has committed of what it holds, as far as it has told."""
-        # Of what it has answered for meanwhile, the answer tells.
-        told = self.progress.interim
-        return sum((told[shard] for shard in self.shards() if shard in told), Totals())
+        return sum(self.progress.interim.values(), Totals())
+
+    def take_progress(self, progress: Progress) -> None:
+        """Takes what the actor says of how far it is."""
+        interim = {
+            shard: totals
+            for shard, totals in progress.interim.items()
+            if shard not in self.answered_for
+        }
+        self.progress = replace(progress, interim=interim)
+        self.answered_for.clear()
+
+    def forget_interim(self, shard: Shard) -> None:
+        """Counts a shard's commits no more, since the answer for it counts them."""
+        if self.is_asked("progress"):
+            self.answered_for.add(shard)  # what it says next may still have them
+        interim = {each: totals for each, totals in self.progress.interim.items() if each != shard}
+        self.progress = replace(self.progress, interim=interim)
 
     def shards(self) -> list[Shard]:
         """What it holds."""

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from jobs.cluster import Resources, num_cores, shape_workers
+from jobs.cluster import Resources, shape_workers
 from jobs.config import JobConfig, WorkersSettings
 from jobs.ledger import Ledger
 from jobs.opening import check_output, check_same_job
 from jobs.plan import Estimate, choose_shard_rows, estimate
 from jobs.prepare import PreparedJob, prepared_for_now
 from jobs.status import read_status
+from pipeline.cgroups import num_cores
 from pipeline.checkpoint import quantization_name
 from pipeline.errors import JobDiffersError
 from pipeline.folder import RunFolder

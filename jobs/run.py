@@ -115,7 +115,8 @@ def _set_aside(job: JobConfig) -> None:
 @contextmanager
 def _locked(output: Path) -> Iterator[RunFolder]:
     """The run folder, made and locked; if nothing comes of it, it is as if it had not been."""
-    made = [path for path in (output, *output.parents) if not path.exists()]
+    with output_errors(output):
+        made = [path for path in (output, *output.parents) if not path.exists()]
     folder = prepare(output)
     with RunLock(output):
         try:
@@ -260,6 +261,12 @@ class Run:
         # Where a worker holds more shards, because they are small, fewer workers do.
         num_full = -(-recorder.num_shards_left * SHARDS_IN_FLIGHT // budget.shards_in_flight)
         shape = shape_workers(job.workers, resources, num_full)
+        is_auto = job.workers.gpus_per_worker == "auto"
+        if self.options.ray_address is not None and is_auto and not resources.num_gpus:
+            logger.info(
+                "the cluster has no GPU now, so this run works on CPUs to its end; --ray-nodes "
+                "waits for nodes that are still to come"
+            )
         spec = self._spec(ledger, shape, budget)
         crew = Crew(spec, shape, job.failure.stall_timeout)
         reporters: list[Reporter] = [self.reporter, MetricsFile(ledger.folder)]
@@ -302,6 +309,7 @@ class Run:
             passed_columns=prepared.passed_columns,
             started=datetime.fromisoformat(ledger.manifest.created),
             input_stamps=prepared.inputs.stamps,
+            num_gpus=shape.num_gpus,
             num_threads=shape.num_threads,
             num_per_node=shape.num_per_node,
             shards_in_flight=budget.shards_in_flight,

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from pipeline.errors import StoppedError
+from pipeline.errors import RayFailedError, StoppedError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+LOOK_INTERVAL = 1.0
+"""Seconds between two looks at the stop file and the clock."""
 
 
 class StopRequest:
@@ -30,6 +34,8 @@ class StopRequest:
         self._signal: str | None = None
         self._is_deferred = False
         self._has_interrupted = False
+        self._is_reminded = False
+        self._has_stopped = False
 
     def reason(self) -> str | None:
         """Why to stop, or None to go on."""
@@ -48,27 +54,49 @@ class StopRequest:
             StoppedError: saying why.
         """
         if reason := self.reason():
+            self._has_stopped = True
             raise StoppedError(f"stopped: {reason}; run the same command again to continue")
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the stop signals for as long as the block lasts.
+        """Takes the stop signals for as long as the block lasts, and looks at file and clock.
 
         Raises:
-            StoppedError: a signal has interrupted the block.
+            StoppedError: one of them has interrupted the block.
         """
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         self.reclaim()
         try:
-            yield
-        except Exception:
-            # Raised in the midst of anything, it may come out as what that has made of it.
-            if self._has_interrupted:
+            with self._looking():
+                yield
+        except Exception as error:
+            # Raised in the midst of anything, it may come out as what that has made of it; and what
+            # is sent to all processes of a run ends its Ray, too.
+            if self._has_interrupted or isinstance(error, RayFailedError):
                 self.check()
             raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Has file and clock interrupt what a signal would, such as hashing or a download."""
+        is_over = threading.Event()
+
+        def look() -> None:
+            while not is_over.wait(LOOK_INTERVAL) and not self._has_stopped:
+                if not self._is_deferred and self.reason():
+                    self._is_reminded = True
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+        thread = threading.Thread(target=look, name="stop", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
 
     def reclaim(self) -> None:
         """Takes the stop signals back from a library that has put its own handlers in front.
@@ -93,10 +121,17 @@ class StopRequest:
             self._is_deferred = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._is_reminded:
+            self._is_reminded = False
+            self._interrupt()
+            return
         if self._signal is not None:
             # The user means it. Nothing committed can be lost, and Ray's processes end with us.
             os._exit(128 + number)
         self._signal = signal.Signals(number).name
+        self._interrupt()
+
+    def _interrupt(self) -> None:
         if not self._is_deferred:
             self._has_interrupted = True
             self.check()

@@ -57,6 +57,7 @@ class WorkerSpec:
         memory_file: where a memory limit that a worker has met is kept.
         started: when the job was, for chat templates that print the date.
         input_stamps: by path, of input files as they were planned.
+        num_gpus: of each worker; without any it must not see one.
         num_per_node: workers that share a node at least.
         shards_in_flight: shards it holds at a time.
     """
@@ -76,6 +77,7 @@ class WorkerSpec:
     passed_columns: tuple[str, ...]
     started: datetime
     input_stamps: Mapping[str, str]
+    num_gpus: int
     num_threads: int
     num_per_node: int = 1
     shards_in_flight: int = SHARDS_IN_FLIGHT
@@ -93,6 +95,9 @@ class Worker:
         self._spec = spec
         self._runner: ShardRunner | None = None
         self._peak: Callable[[], MemoryPeak] = MemoryPeak
+        if not spec.num_gpus:
+            # Ray leaves it the node's GPUs, which others have been given. Before torch looks.
+            os.environ |= dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "")
 
     def place(self) -> str:
         """Answers as soon as Ray has found room for the actor: the node's name.
@@ -123,12 +128,13 @@ class Worker:
         # must not load it at all.
         from pipeline.engine import build_engine
         from pipeline.model import load_model
-        from pipeline.placement import peak_memory
+        from pipeline.placement import lacking_gpus, peak_memory
         from pipeline.prompts import PromptRenderer
         from pipeline.self_check import self_check
         from pipeline.shard_runner import ShardRunner
 
         spec = self._spec
+        lack = lacking_gpus(spec.num_gpus)
         checkpoint = fetch(spec.model, local_files_only=True)
         if checkpoint.digests != spec.model_digests:
             raise ModelError(
@@ -174,7 +180,7 @@ class Worker:
             node=socket.gethostname(),
             devices=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             model=model.summary,
-            notes=model.notes,
+            notes=(*lack, *model.notes),
             self_check=None if check is None else check.figures(),
             load_seconds=model.load_seconds,
         )

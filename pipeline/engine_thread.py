@@ -102,6 +102,7 @@ class EngineThread:
         self.engine = engine
         self._changed = threading.Condition()
         self._inbox: list[Sequence[Request]] = []
+        self._unwanted: set[RequestId] = set()
         self._wishes: deque[Wish] = deque()
         # By request and not by shard: what a dropped attempt has still in the engine must not
         # reach the next attempt at the same shard, which may ask for other rows.
@@ -123,11 +124,17 @@ class EngineThread:
             self._changed.notify_all()
 
     def forget(self, requests: Sequence[Request], collector: Collector) -> None:
-        """Throws away what may still come for a collector."""
+        """Throws away what may still come for a collector; what has no token yet is not begun.
+
+        Args:
+            requests: as they were submitted.
+        """
         with self._changed:
+            self._inbox = [each for each in self._inbox if each is not requests]
             for request in requests:
                 if self._collectors.get(request.id) is collector:
                     del self._collectors[request.id]
+                    self._unwanted.add(request.id)
 
     def release(self, share: float) -> list[RequestId]:
         """Gives up requests that have no token yet, of the shard that has most of them.
@@ -180,6 +187,9 @@ class EngineThread:
             if self._is_stopped:
                 return False
             arrived, self._inbox = self._inbox, []
+            unwanted, self._unwanted = self._unwanted, set()
+        if unwanted:  # before another attempt may ask for them again
+            self.engine.withdraw(unwanted)
         for requests in arrived:
             self.engine.add(requests)
         while self._wishes:
@@ -195,8 +205,9 @@ class EngineThread:
         of_shard = sorted(identity for identity in unstarted if identity.shard == shard)
         withdrawn = self.engine.withdraw(set(of_shard[-max(1, round(count * share)) :]))
         with self._changed:
-            # Those of dropped attempts have none any more, and are nobody's to give.
-            given_up = [identity for identity in withdrawn if identity in self._collectors]
+            # What an attempt that was dropped has begun is nobody's to give, and may be there
+            # a second time, for another attempt.
+            given_up = {identity for identity in withdrawn if identity in self._collectors}
             for identity in given_up:
                 self._collectors.pop(identity).expect_fewer(1)
         return sorted(given_up)

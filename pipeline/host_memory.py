@@ -10,8 +10,13 @@ from pathlib import Path
 
 import psutil
 
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUPS = Path("/proc/self/cgroup")
+from pipeline.cgroups import CGROUPS, OWN_CGROUPS, own_groups
+
+NAMES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+"""Of a control group's files, by version: its limit, what it uses; and of its cached files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,39 +47,23 @@ def cgroup_limits(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> Iterator[Hos
         root: where control groups are mounted, of version 1 or 2.
         own: names those of this process.
     """
+    for version, group in own_groups("memory", root, own):
+        limit = _limit(group, *NAMES[version])
+        if limit is not None:
+            yield limit
+
+
+def _limit(group: Path, limit: str, usage: str, cached: str) -> HostMemory | None:
     try:
-        lines = own.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return  # not Linux
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            names = ("memory.max", "memory.current", "inactive_file")
-            yield from _limits(root, path, *names)
-        elif "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            yield from _limits(root / "memory", path, *names)
-
-
-def _limits(mount: Path, path: str, limit: str, usage: str, cached: str) -> Iterator[HostMemory]:
-    """Those of a group and of all groups around it."""
-    group = mount / path.lstrip("/")
-    # In a container the path may be one of the machine outside; the mount itself is then ours.
-    for folder in [group, *group.parents]:
-        if folder == mount.parent:
-            return
-        try:
-            total = int((folder / limit).read_text())
-            used = int((folder / usage).read_text())
-            statistics = (folder / "memory.stat").read_text().split()
-        except (OSError, ValueError):
-            continue  # no such group here, or "max": no limit
-        pairs = dict(zip(statistics[::2], statistics[1::2], strict=False))
-        # Pages of mapped files count as active for long after their process has ended.
-        files = sum(
-            int(pairs.get(name, 0)) for name in (cached, cached.replace("inactive", "active"))
-        )
-        yield HostMemory(total, min(total, max(0, total - used + files)))
+        total = int((group / limit).read_text())
+        used = int((group / usage).read_text())
+        statistics = (group / "memory.stat").read_text().split()
+    except (OSError, ValueError):
+        return None  # no such group here, or "max": no limit
+    pairs = dict(zip(statistics[::2], statistics[1::2], strict=False))
+    # Pages of mapped files count as active for long after their process has ended.
+    files = sum(int(pairs.get(name, 0)) for name in (cached, cached.replace("inactive", "active")))
+    return HostMemory(total, min(total, max(0, total - used + files)))
 
 
 def peak_host_bytes() -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ CERTAIN_SHARE = 0.9
 """Of an estimate, which may count weights that the model does not use: what might fit is tried."""
 OFFLOADED_SHARE = 0.75
 """Of free memory, for the weights of a model that is too large: keys and values need some too."""
+SIGNS_OF_GPUS = (Path("/proc/driver/nvidia/gpus"), Path("/dev/kfd"))
+"""What the drivers of NVIDIA and AMD make. Without either, Ray has been told of GPUs by hand."""
 SPILLED = {"cpu", "disk"}
 """Where accelerate puts weights for which no GPU has room."""
 
@@ -36,6 +40,27 @@ class Gpu:
 
     name: str
     free: int
+
+
+def lacking_gpus(num_gpus: int, signs: Sequence[Path] = SIGNS_OF_GPUS) -> tuple[str, ...]:
+    """What there is to say of GPUs that a worker was given and torch does not see.
+
+    Args:
+        signs: folders or files that are there where a machine has GPUs.
+
+    Raises:
+        ResourceError: the machine has GPUs, but torch cannot use as many as the worker was given.
+    """
+    num_seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_seen >= num_gpus:
+        return ()
+    lack = f"this worker was given {num_gpus} GPU(s) and torch {torch.__version__} sees {num_seen}"
+    if any(sign.exists() for sign in signs):
+        raise ResourceError(
+            f"{lack} on {socket.gethostname()}: see what nvidia-smi (or rocm-smi) says there, and "
+            "whether this torch is made for its driver; workers.gpus_per_worker 0 runs on CPUs."
+        )
+    return (f"{lack}, as the machine has none; it works on the CPU",)
 
 
 def visible_gpus() -> list[Gpu]:

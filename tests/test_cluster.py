@@ -27,12 +27,13 @@ def test_rays_client_protocol_is_refused() -> None:
         (64, 0, {}, (8, 0, 8, 8)),
         (8, 0, {"count": 2}, (2, 0, 4, 4)),
         (2, 0, {"count": 4}, (4, 0, 0.5, 1)),
-        (16, 4, {}, (4, 1, 1, 1)),
-        (16, 4, {"gpus_per_worker": 2}, (2, 2, 1, 1)),
-        (16, 4, {"count": 3}, (3, 1, 1, 1)),
+        (16, 4, {}, (4, 1, 0, 1)),
+        (1, 8, {}, (8, 1, 0, 1)),
+        (16, 4, {"gpus_per_worker": 2}, (2, 2, 0, 1)),
+        (16, 4, {"count": 3}, (3, 1, 0, 1)),
         (16, 4, {"gpus_per_worker": 0}, (8, 0, 2, 2)),
-        (16, 5, {"gpus_per_worker": 2}, (2, 2, 1, 1)),
-        (16, 8, {"gpus_per_worker": 4, "count": 2}, (2, 4, 1, 1)),
+        (16, 5, {"gpus_per_worker": 2}, (2, 2, 0, 1)),
+        (16, 8, {"gpus_per_worker": 4, "count": 2}, (2, 4, 0, 1)),
     ],
 )
 def test_the_cluster_is_filled(

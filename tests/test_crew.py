@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,9 +14,10 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from jobs import crew as crew_module
+from jobs import patience
 from jobs.beacon import light
 from jobs.cluster import WorkerShape
-from jobs.crew import Crew
+from jobs.crew import REFUSED_DELAY, Crew
 from jobs.events import Event, RowsReleased, ShardDone, WorkerLost, WorkerReady
 from jobs.member import Member
 from jobs.worker import Worker, WorkerSpec
@@ -30,13 +30,14 @@ from pipeline.segments import missing_positions
 from pipeline.settings import EngineSettings, ModelSettings, PromptSettings
 from tests.run_folders import SmallJob
 
-SHAPE = WorkerShape(count=2, num_gpus=1, num_cpus=1, num_threads=1, most=2)
+SHAPE = WorkerShape(count=2, num_gpus=1, num_cpus=0, num_threads=1, most=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def two_gpus() -> Iterator[None]:
     """A cluster of this machine that believes it has two GPUs."""
-    ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    # One core: no GPU may idle for want of another one.
+    ray.init(address="local", num_cpus=1, num_gpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -69,6 +70,7 @@ def worker_spec(job: SmallJob, model: ModelSettings, digests: tuple[str, ...]) -
         passed_columns=("n", "noise"),
         started=datetime.now(UTC),
         input_stamps={},
+        num_gpus=SHAPE.num_gpus,
         num_threads=1,
     )
 
@@ -213,7 +215,7 @@ def test_a_worker_without_room_waits_for_it(
     try:
         [first] = _events(crew, lambda events: len(events) == 1)
         assert isinstance(first, WorkerReady)
-        monkeypatch.setattr(crew_module, "PLACE_TIMEOUT", 1.0)
+        monkeypatch.setattr(patience, "PLACE_TIMEOUT", 1.0)
         until = time.monotonic() + 2.5
         assert not _events(crew, lambda events: time.monotonic() > until)
         remove_placement_group(taken)
@@ -243,13 +245,13 @@ def test_a_crew_grows_with_its_cluster(
 def test_a_crew_does_without_a_worker_that_cannot_start(
     tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where another one works, a node that joined in vain ends no run."""
+    """Where another one works, a node that joined in vain ends no run; it is tried again later."""
 
     class LateBlind(Worker):  # in here, as Ray's processes cannot import this module
         def load(self) -> WorkerInfo:
             while self._index and not (self._spec.run_folder / "go").exists():
                 time.sleep(0.1)
-            if self._index:
+            if self._index and not (self._spec.run_folder / "mended").exists():
                 raise ModelError("node x has other files")
             return super().load()
 
@@ -259,10 +261,13 @@ def test_a_crew_does_without_a_worker_that_cannot_start(
     try:
         _events(crew, lambda events: len(events) == 1)
         (job.folder.root / "go").touch()
-        _events(crew, lambda _: crew._members[1].start_at == math.inf)
+        _events(crew, lambda _: crew._members[1].is_refused)
         crew.start()
         assert [member.actor is None for member in crew._members] == [False, True]
         assert crew.num_ready == 1
+        (job.folder.root / "mended").touch()
+        crew._members[1].start_at -= REFUSED_DELAY
+        _events(crew, lambda _: crew.num_ready == 2)
     finally:
         crew.close()
 
@@ -297,7 +302,7 @@ def test_a_crew_that_finds_no_room_at_all_gives_up(
     tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sentence says what was asked for."""
-    monkeypatch.setattr(crew_module, "PLACE_TIMEOUT", 0.5)
+    monkeypatch.setattr(patience, "PLACE_TIMEOUT", 0.5)
     shape = WorkerShape(count=2, num_gpus=3, num_cpus=1, num_threads=1, most=2)
     crew = Crew(_spec(SmallJob(tmp_path), llama_folder), shape, stall_timeout=60)
     try:

@@ -11,8 +11,9 @@ import pytest
 
 from jobs import member as member_module
 from jobs.cluster import WorkerShape
-from jobs.crew import PLACE_TIMEOUT, Crew
+from jobs.crew import Crew
 from jobs.member import Member
+from jobs.patience import PAUSE, PLACE_TIMEOUT, Patience
 from pipeline.errors import ResourceError
 from pipeline.metrics import EngineMetrics
 from pipeline.outcome import Progress, ShardOutcome
@@ -51,11 +52,19 @@ def test_what_is_answered_for_is_not_counted_as_held() -> None:
     crew, other = _crew("a", "b"), replace(SHARD, index=1)
     member = crew._members[0]
     member.progress = Progress(interim={SHARD: Totals(stop=3), other: Totals(length=2)})
-    _hold(crew, 0)
-    member.calls[object()] = ("run", other)
     assert crew.interim == Totals(stop=3, length=2)
-    del member.calls[next(iter(member.calls))]
+    poll = object()
+    member.calls[poll] = ("progress", None)
+    late = member.progress
+    crew._take(member, "run", SHARD, ShardOutcome(0, (), is_complete=False))
     assert crew.interim == Totals(length=2)
+    del member.calls[poll]
+    crew._take(member, "progress", None, late)
+    assert crew.interim == Totals(length=2), "also where it is said after the answer"
+    _hold(crew, 0)  # the same shard once more
+    assert crew.interim == Totals(length=2)
+    crew._take(member, "progress", None, late)
+    assert crew.interim == Totals(stop=3, length=2)
 
 
 def test_a_commit_ends_the_back_off() -> None:
@@ -93,16 +102,33 @@ def test_lost_rows_wait_for_a_worker_elsewhere() -> None:
     assert crew.least_busy(avoid=0) == (0, 0)
 
 
+def test_nobody_is_blamed_for_a_pause_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped by a terminal or a scheduler, it has not seen what workers did meanwhile."""
+    clock = 1000.0
+    monkeypatch.setattr(member_module.time, "monotonic", lambda: clock)
+    patience, member = Patience(stall_timeout=60), Member(0, is_ready=True, moved_at=clock)
+    member.calls[object()] = ("run", SHARD)
+    for step in (1.0, 1000.0, 1.0):
+        clock += step
+        patience.look([member], waited=0.5)
+        assert patience.exhausted(member) is None
+    for _ in range(100):
+        clock += PAUSE
+        patience.look([member], waited=0.5)
+    assert patience.exhausted(member) == "it stood still for 60 s"
+
+
 def test_no_room_is_room_for_nobody() -> None:
     """While one worker loads its model, however long, the others may wait for room."""
     crew = _crew("", "")
     for member in crew._members:
         member.is_ready, member.actor = False, object()
         member.calls[object()] = ("place", None)
-    crew._had_room_at = time.monotonic() - 2 * PLACE_TIMEOUT
+    patience = crew._patience
+    patience._had_room_at = time.monotonic() - 2 * PLACE_TIMEOUT
     crew._members[1].calls = {object(): ("load", None)}
     crew._check_room()
-    crew._had_room_at -= 2 * PLACE_TIMEOUT
+    patience._had_room_at -= 2 * PLACE_TIMEOUT
     crew._members[1].calls = {object(): ("place", None)}
     with pytest.raises(ResourceError, match="no room"):
         crew._check_room()

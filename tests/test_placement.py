@@ -27,6 +27,7 @@ from pipeline.placement import (
     check_memory,
     devices_of,
     is_spilled,
+    lacking_gpus,
     place_names,
     shortage,
 )
@@ -152,6 +153,16 @@ def test_weights_are_shared_only_as_they_are(tmp_path: Path) -> None:
         assert placement.estimate_footprint(fetch(block), block).is_mapped == is_mapped, settings
         model = load_model(fetch(block), block, num_threads=1).model
         assert lie_in(model, folder / "model.safetensors") == is_mapped, settings
+
+
+def test_gpus_that_torch_does_not_see(tmp_path: Path) -> None:
+    """A driver too old for this torch would have the job done by one thread of a CPU, overnight."""
+    num_gpus = torch.cuda.device_count() + 1
+    with pytest.raises(ResourceError, match=f"was given {num_gpus} GPU"):
+        lacking_gpus(num_gpus, signs=[tmp_path / "none", tmp_path])
+    [note] = lacking_gpus(num_gpus, signs=[tmp_path / "none"])
+    assert "it works on the CPU" in note
+    assert lacking_gpus(num_gpus - 1, signs=[tmp_path]) == ()
 
 
 def test_a_huge_model_is_refused_before_it_is_loaded(tmp_path: Path, llama_folder: Path) -> None:

@@ -46,6 +46,7 @@ class SteppedEngine:
         self.requests: deque[Request] = deque()
         self._allowed = threading.Semaphore(0)
         self.failure: Exception | None = None
+        self.has_begun = False  # with all that it has
 
     @property
     def num_waiting(self) -> int:
@@ -59,11 +60,11 @@ class SteppedEngine:
         self.requests.extend(requests)
 
     def unstarted(self) -> list[RequestId]:
-        return [request.id for request in self.requests]
+        return [] if self.has_begun else [request.id for request in self.requests]
 
     def withdraw(self, ids: AbstractSet[RequestId]) -> list[RequestId]:
         withdrawn = [identity for identity in self.unstarted() if identity in ids]
-        self.requests = deque(each for each in self.requests if each.id not in ids)
+        self.requests = deque(each for each in self.requests if each.id not in withdrawn)
         return withdrawn
 
     def step(self) -> list[Completion]:
@@ -206,13 +207,13 @@ def test_draining_commits_what_is_finished(tmp_path: Path) -> None:
 def test_what_a_superseded_attempt_left_in_the_engine_goes_nowhere(tmp_path: Path) -> None:
     """Another attempt commits in between; the next one on this engine gets its own rows only."""
     with _bench(tmp_path) as bench:
+        bench.engine.has_begun = True
         first = bench.start(bench.runner, bench.shard)
         _eventually(lambda: len(bench.engine.requests) == 6)
         bench.job.commit(0, [1, 5])  # somebody else's commit number 0
         bench.engine.allow(2)
         assert not first.result(timeout=20).is_complete
         assert len(bench.engine.requests) == 4, "rows 2 to 5 of the dropped attempt"
-
         second = bench.start(bench.runner, bench.shard)
         _eventually(lambda: len(bench.engine.requests) == 8)
         bench.engine.allow(8)
@@ -264,6 +265,36 @@ def test_what_a_dropped_attempt_left_is_not_released(tmp_path: Path) -> None:
         assert not bench.engine.requests
         again = bench.start(bench.runner, bench.shard)
         bench.engine.allow(5)
+        assert again.result(timeout=20).is_complete
+
+
+@pytest.mark.usefixtures("often")
+def test_what_an_attempt_left_is_not_begun(tmp_path: Path) -> None:
+    """Its rows are another's by now, and would only keep slots from those that are wanted."""
+    with _bench(tmp_path) as bench:
+        attempt = bench.start(bench.runner, bench.shard)
+        _eventually(lambda: len(bench.engine.requests) == 6)
+        bench.job.commit(0, [0])
+        bench.engine.allow(1)
+        assert not attempt.result(timeout=20).is_complete
+        _eventually(lambda: not bench.engine.requests)
+
+
+@pytest.mark.usefixtures("often")
+def test_a_row_that_is_there_twice_is_released_once(tmp_path: Path) -> None:
+    """Put back by the engine for want of memory, for a dropped attempt and for the next one."""
+    with _bench(tmp_path) as bench:
+        bench.engine.has_begun = True
+        attempt = bench.start(bench.runner, bench.shard)
+        _eventually(lambda: len(bench.engine.requests) == 6)
+        bench.job.commit(0, [0])
+        bench.engine.allow(1)
+        assert not attempt.result(timeout=20).is_complete
+        again = bench.start(bench.runner, bench.shard)
+        _eventually(lambda: len(bench.engine.requests) == 10)
+        bench.engine.has_begun = False
+        released = bench.runner.release(1.0)
+        assert released == Released(0, ((1, 6),))
         assert again.result(timeout=20).is_complete
 
 

@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from jobs import stop as stop_module
 from jobs.stop import STOP_SIGNALS, StopRequest
-from pipeline.errors import StoppedError
+from pipeline.errors import RayFailedError, StoppedError
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -68,6 +70,58 @@ def test_the_wall_time_comes_to_its_end() -> None:
     assert "wall time" in (StopRequest(max_walltime=0).reason() or "")
 
 
+def _sleep(stop: StopRequest, seconds: float) -> None:
+    """A step of a run that looks at nothing."""
+    with stop.listening():
+        time.sleep(seconds)
+        raise AssertionError("nobody has ended it")
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_file_and_clock_end_a_step_as_a_signal_does(tmp_path: Path, is_file: bool) -> None:
+    """Hashing a terabyte, or a download, looks at neither; the scheduler's time is over, though."""
+    stop = StopRequest(tmp_path / "stop", max_walltime=None if is_file else 0.1)
+    if is_file:
+        (tmp_path / "stop").touch()
+    with pytest.raises(StoppedError, match="the stop file" if is_file else "wall time"):
+        _sleep(stop, 20)
+
+
+def test_file_and_clock_wait_where_workers_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are seen when the driver has ended, and do not count as a first signal."""
+    exits: list[int] = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.setattr(stop_module, "LOOK_INTERVAL", 0.01)
+    stop, seen = StopRequest(tmp_path / "stop"), []
+
+    def run() -> None:
+        with stop.deferred():
+            (tmp_path / "stop").touch()
+            time.sleep(0.2)
+            seen.append(stop.reason())
+            signal.raise_signal(signal.SIGTERM)
+        _sleep(stop, 20)
+
+    with pytest.raises(StoppedError), stop.listening():
+        run()
+    assert exits == []
+    assert seen == [f"the stop file {tmp_path / 'stop'} is there"]
+
+
+def test_a_ray_that_ends_with_a_stop_is_a_stop() -> None:
+    """What is sent to all processes of a run ends its Ray first, which is no failure."""
+
+    def run(stop: StopRequest) -> None:
+        with stop.listening(), stop.deferred():
+            signal.raise_signal(signal.SIGTERM)
+            raise RayFailedError("Ray has ended")
+
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        run(StopRequest())
+
+
 def test_handlers_are_put_back() -> None:
     """What was there before a run is there after it."""
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
@@ -78,14 +132,17 @@ def test_handlers_are_put_back() -> None:
 
 SLOW_TO_STOP = """
 import os, signal, time
+from contextlib import suppress
 from typing import Any
 from jobs.progress import Silent
 from jobs.run import Run, RunOptions
 from jobs.stop import StopRequest
+from pipeline.errors import StoppedError
 
 nothing: Any = None
 stop = StopRequest()
-with stop.listening(), Run(nothing, nothing, RunOptions(), stop, Silent()).ray(), stop.deferred():
+run = Run(nothing, nothing, RunOptions(), stop, Silent())
+with suppress(StoppedError), stop.listening(), run.ray(), stop.deferred():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(4)
     print(stop.reason())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import shutil
 import socket
@@ -63,8 +64,22 @@ def _spec(job_file: Path) -> WorkerSpec:
         passed_columns=prepared.passed_columns,
         started=datetime.now(UTC),
         input_stamps=prepared.inputs.stamps,
+        num_gpus=1,  # or it would hide those of this process
         num_threads=2,
     )
+
+
+def test_a_worker_without_gpus_sees_none(
+    tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a node of a cluster whose GPUs are others'; Ray leaves them visible."""
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "4,5")
+    spec = _spec(write_job(tmp_path, llama_folder, questions(1)))
+    Worker(0, spec)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
+    Worker(0, replace(spec, num_gpus=0))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == os.environ["HIP_VISIBLE_DEVICES"] == ""
 
 
 def test_no_thread_but_the_engines_has_computed(
