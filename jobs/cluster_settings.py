@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Annotated
+from zoneinfo import available_timezones
 
 from pydantic import Field, field_validator
 
@@ -64,6 +65,21 @@ class KuberaySettings(Settings):
         default=None,
         description="Secret whose keys become environment variables, such as HF_TOKEN.",
     )
+    time_zone: str | None = Field(
+        default=None,
+        description="Time zone of a CronJob's schedule, such as Europe/Berlin; left out, that of "
+        "Kubernetes' controller, mostly UTC.",
+    )
+
+    @field_validator("time_zone")
+    @classmethod
+    def _is_time_zone(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        known = available_timezones()  # none, where this machine has no list of them
+        if known and value not in known:
+            raise ValueError(f"has no zone '{value}': give a name such as Europe/Berlin or UTC")
+        return value
 
 
 class ClusterSettings(Settings):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+_STAR = re.compile(r"\*(/0*1)?")
 _ITEM = re.compile(r"(?:\*|(\w+)(?:-(\w+))?)(/\d+)?", re.ASCII)
 
 
@@ -71,4 +72,24 @@ def parse_schedule(text: str) -> str:
         raise ValueError(f"must be five fields as in a crontab, such as '0 2 * * *', got '{text}'")
     for field, word in zip(_FIELDS, words, strict=True):
         field.check(word)
+    _check_days(words[2], words[4])
     return " ".join(words)
+
+
+def _check_days(of_month: str, of_week: str) -> None:
+    """Refuses two day fields that cron and Kubernetes put together in different ways.
+
+    Either wants both days to be right if one field has a star, else one of them is enough. But for
+    cron it is the field's first character that counts (Vixie's cron and cronie), for Kubernetes
+    any item of the list, and only without a step (robfig/cron).
+    """
+    days = (of_month, of_week)
+    in_cron = any(day.startswith("*") for day in days)
+    in_kubernetes = any(_STAR.fullmatch(item) for day in days for item in day.split(","))
+    if in_cron != in_kubernetes:
+        both, either = ("cron", "Kubernetes") if in_cron else ("Kubernetes", "cron")
+        raise ValueError(
+            f"has '{of_month}' as day of the month and '{of_week}' as day of the week: {both} "
+            f"starts on days that are both, {either} on days that are either; make one of the two "
+            "a *"
+        )

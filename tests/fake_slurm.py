@@ -1,7 +1,7 @@
 """Slurm on this machine: `sbatch`, `scontrol` and `srun` that do what a batch script relies on.
 
 `sbatch` only takes the script; a test starts it as Slurm would. `srun` really starts its tasks,
-each in a session of its own, and hands on what it is told to end.
+each in a session of its own, and kills them when it is told to end, as Slurm's does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,19 +21,24 @@ echo "Submitted batch job 4711"
 SCONTROL = """#!/usr/bin/env bash
 case "$1" in
   show) for ((n = 0; n < {num_nodes}; n++)); do echo localhost; done ;;
-  requeue) echo "$2" >>"{folder}/requeued" ;;
+  requeue)
+    echo "$2" >>"{folder}/requeued"
+    touch "{folder}/ending"
+    ;;
 esac
 """
 SRUN = """#!/usr/bin/env bash
+[[ ! -e "{folder}/ending" ]] || exit 1 # a job that is being ended gets no more steps
 num_tasks=1 tasks=()
 while [[ "$1" == --* ]]; do
   [[ "$1" != --ntasks=* ]] || num_tasks="${{1#*=}}"
   shift
 done
-trap 'for task in "${{tasks[@]}}"; do kill -TERM -- "-$task"; done' TERM
+trap 'for task in "${{tasks[@]}}"; do kill -KILL -- "-$task"; done' TERM
 for ((n = 0; n < num_tasks; n++)); do
   SLURM_PROCID=$n SLURM_CPUS_ON_NODE=1 setsid -- "$@" &
   tasks+=($!)
+  echo "$!" >>"{folder}/tasks"
 done
 wait
 wait # the first one ends with the signal
@@ -85,6 +91,8 @@ class FakeSlurm:
 
     def start(self, **environment: str) -> subprocess.Popen[str]:
         """Starts the script as the batch step of job 4711."""
+        for note in ("ending", "tasks"):
+            (self.folder / note).unlink(missing_ok=True)
         process = subprocess.Popen(
             ["bash", self.script],
             cwd=self.folder,
@@ -113,6 +121,13 @@ class FakeSlurm:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                self._kill_tasks()
+
+    def _kill_tasks(self) -> None:
+        tasks = self.folder / "tasks"
+        for task in tasks.read_text().split() if tasks.exists() else ():
+            with suppress(ProcessLookupError):
+                os.killpg(int(task), signal.SIGKILL)
 
 
 def make_program(path: Path, text: str) -> Path:

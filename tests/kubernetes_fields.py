@@ -137,6 +137,7 @@ CRON_JOB = an_object(
     spec=an_object(
         "schedule jobTemplate",
         schedule=TEXT,
+        timeZone=TEXT,
         concurrencyPolicy=one_of("Allow", "Forbid", "Replace"),
         startingDeadlineSeconds=COUNT,
         jobTemplate=an_object("spec", spec=JOB),

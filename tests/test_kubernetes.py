@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from tests.kubernetes_fields import SCHEMAS
 from tests.submissions import make_job, make_submission, texts
 
 KUBERAY = {"image": "registry/shardmill:1", "volume_claim": "shared", "secret": "tokens"}
+
+
+def expanded(text: str) -> str:
+    """A variable's value or a command's word as Kubernetes hands it to a container.
+
+    `$$` stands for `$`, and `$(NAME)` for a variable, of which there is one here.
+    """
+    known = {"$$": "$", "$(KNOWN)": "known"}
+    return re.sub(r"\$\$|\$\([^)]*\)", lambda found: known.get(found[0], found[0]), text)
 
 
 class TestKubernetes:
@@ -66,6 +76,7 @@ class TestKubernetes:
     @settings(max_examples=50)
     @given(value=texts, template=texts)
     @example(value="\x85", template="\u2028\n")
+    @example(value="$(KNOWN) $$ $$(KNOWN) $(x $x $$$", template="$(KNOWN)")
     def test_texts_arrive_whole(self, value: str, template: str) -> None:
         """Whatever is in a variable or a prompt: the pod gets the same job."""
         job = make_job(kuberay=KUBERAY, env={"VALUE": value})
@@ -76,9 +87,27 @@ class TestKubernetes:
         )
         head = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]
         environment = head["template"]["spec"]["containers"][0]["env"]
-        assert {"name": "VALUE", "value": value} in environment
-        there = JobConfig.model_validate(yaml.safe_load(config_map["data"]["job.yaml"]))
-        assert there == job.model_copy(update={"cluster": there.cluster})
+        [there] = [entry["value"] for entry in environment if entry["name"] == "VALUE"]
+        assert expanded(there) == value
+        read = JobConfig.model_validate(yaml.safe_load(config_map["data"]["job.yaml"]))
+        assert read == job.model_copy(update={"cluster": read.cluster})
+
+    def test_a_cron_jobs_command_arrives_whole(self) -> None:
+        """Kubernetes looks for variables in it as well."""
+        python = "/opt/$(KNOWN)/$$/python"
+        submission = make_submission(schedule="0 2 * * *", python=python, kuberay=KUBERAY)
+        spec = list(yaml.safe_load_all(kubernetes.render(submission)))[1]["spec"]
+        [container] = spec["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+        assert expanded(container["command"][0]) == python
+
+    def test_a_cron_jobs_time_zone(self) -> None:
+        """Where the job file names one the schedule is in it, else in the controller's."""
+        for zone in (None, "Europe/Berlin"):
+            kuberay = {**KUBERAY, "time_zone": zone}
+            submission = make_submission(schedule="0 2 * * *", kuberay=kuberay)
+            cron_job = list(yaml.safe_load_all(kubernetes.render(submission)))[1]
+            jsonschema.validate(cron_job, SCHEMAS["CronJob"])
+            assert cron_job["spec"].get("timeZone") == zone
 
     def test_what_is_missing(self) -> None:
         """No image, or a CronJob over several nodes: a sentence with the setting's name."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import signal
 import string
 import subprocess
 import sys
@@ -17,161 +16,26 @@ import pytest
 from hypothesis import given, settings
 
 from jobs.config import load_job
-from jobs.schedulers import crontab, programs, ray_jobs, slurm
+from jobs.schedulers import crontab, programs, ray_jobs
 from jobs.schedulers.known import SCHEDULERS
 from jobs.schedulers.submission import prepare_submission
 from pipeline.errors import JobFileError, ResourceError
+from tests.argument_recorder import as_path, make_recorder, recorded
 from tests.fake_cron import as_cron
-from tests.fake_slurm import FakeSlurm, make_program
+from tests.fake_slurm import make_program
 from tests.kubernetes_fields import SCHEMAS
-from tests.small_jobs import wait_until
 from tests.submissions import make_submission, texts
 
 ROOT = Path(__file__).parents[1]
 
-# Notes its arguments, and a variable of its environment.
-RECORDER = """#!/bin/sh
-printf '%s\\0' "$@" >"{folder}/arguments"
-printf '%s' "$VALUE" >"{folder}/value"
-exit "${{CODE:-0}}"
-"""
-
-paths = texts.map(lambda text: f"/a b/{text}'\"$(false)\\%\n.yaml")
-
-
-@pytest.fixture
-def recorder(tmp_path: Path) -> Path:
-    """A program that plays Python, or run_job.sh."""
-    return make_program(tmp_path / "re corder", RECORDER.format(folder=tmp_path))
-
-
-def recorded(recorder: Path) -> tuple[list[str], str]:
-    """The arguments that it got last, and the value of $VALUE."""
-    arguments = (recorder.parent / "arguments").read_bytes().decode("utf-8")
-    value = (recorder.parent / "value").read_bytes().decode("utf-8")
-    return arguments.split("\0")[:-1], value
-
-
-class TestSlurm:
-    @settings(max_examples=30)
-    @given(path=paths, override=texts, value=texts)
-    def test_words_arrive_whole(
-        self, tmp_path_factory: pytest.TempPathFactory, path: str, override: str, value: str
-    ) -> None:
-        """Whatever is in a path, a setting or a variable: bash hands it on as it is."""
-        folder = tmp_path_factory.mktemp("slurm")
-        recorder = make_program(folder / "re corder", RECORDER.format(folder=folder))
-        submission = make_submission(path, override, python=str(recorder), env={"VALUE": value})
-        queue = FakeSlurm(folder / "queue")
-        queue.script.write_text(slurm.render(submission), encoding="utf-8")
-        assert subprocess.run(["bash", "-n", queue.script], check=False).returncode == 0
-        process = queue.start()
-        output, _ = process.communicate(timeout=30)
-        assert process.returncode == 0, output
-        stop_file = queue.folder / f"{submission.name}-4711.stop"
-        arguments = ["-P", "-m", "jobs", "run", str(Path(path)), "--set", override]
-        assert recorded(recorder) == ([*arguments, "--stop-file", str(stop_file)], value)
-
-    @pytest.mark.parametrize(
-        ("code", "restarts", "is_requeued"),
-        [
-            (0, 0, False),
-            (75, 0, False),  # a stop file of the user's, or another run has the folder
-            (69, 0, True),
-            (1, 4, True),
-            (69, 5, False),
-            (65, 0, False),
-            (78, 0, False),
-        ],
-    )
-    def test_exit_codes(
-        self, tmp_path: Path, recorder: Path, code: int, restarts: int, is_requeued: bool
-    ) -> None:
-        """The run's exit code is the job's; only what another node may mend is queued again."""
-        submission = make_submission(python=str(recorder))
-        queue = FakeSlurm(tmp_path / "queue")
-        queue.script.write_text(slurm.render(submission))
-        process = queue.start(CODE=str(code), SLURM_RESTART_COUNT=str(restarts))
-        process.communicate(timeout=30)
-        assert process.returncode == code
-        assert queue.num_requeued == is_requeued
-
-    @pytest.mark.parametrize(
-        ("number", "is_requeued"),
-        [(signal.SIGUSR1, True), (signal.SIGTERM, False), (signal.SIGINT, False)],
-    )
-    def test_signals(self, tmp_path: Path, number: signal.Signals, is_requeued: bool) -> None:
-        """Any makes the stop file and waits for the run; only the wall time's queues it again."""
-        text = f"""#!/bin/sh
-for stop_file; do :; done
-touch "{tmp_path}/ready"
-until [ -e "$stop_file" ]; do sleep 0.02; done
-exit 75
-"""
-        submission = make_submission(python=str(make_program(tmp_path / "waits", text)))
-        queue = FakeSlurm(tmp_path / "queue")
-        queue.script.write_text(slurm.render(submission))
-        process = queue.start()
-        wait_until((tmp_path / "ready").exists, process)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=30)
-        assert process.returncode == 75, output
-        assert queue.num_requeued == is_requeued
-        assert not list(queue.folder.glob("*.stop")), "it would stop the next start"
-
-    def test_options(self, tmp_path: Path) -> None:
-        """What the job file asks for stands in the #SBATCH lines, in Slurm's words."""
-        queue = FakeSlurm(tmp_path / "queue")
-        slurm_options = {"partition": "gpu", "exclusive": True, "hold": False}
-        submission = make_submission(
-            nodes=3,
-            gpus_per_node=8,
-            cpus_per_node=64,
-            memory="500G",
-            walltime="1h30m",
-            slurm=slurm_options,
-        )
-        queue.script.write_text(slurm.render(submission))
-        assert queue.options() == {
-            "job-name": submission.name,
-            "dependency": "singleton",
-            "nodes": "3",
-            "ntasks-per-node": "1",
-            "gpus-per-node": "8",
-            "cpus-per-task": "64",
-            "mem": "500G",
-            "time": "90",
-            "signal": "B:USR1@180",
-            "requeue": "",
-            "open-mode": "append",
-            "output": "%x-%j.log",
-            "partition": "gpu",
-            "exclusive": "",
-        }
-
-    def test_the_notice_fits_in_the_wall_time(self) -> None:
-        """A short job is not told to stop as it starts."""
-        assert "--signal=B:USR1@60\n" in slurm.render(make_submission(walltime="2m"))
-
-    @pytest.mark.parametrize("nodes", [1, 2])
-    def test_scripts_are_clean(self, tmp_path: Path, nodes: int) -> None:
-        """Shellcheck, where it is installed, has nothing to say."""
-        if shutil.which("shellcheck") is None:
-            pytest.skip("there is no shellcheck")
-        script = tmp_path / "script.sh"
-        script.write_text(slurm.render(make_submission(nodes=nodes, env={"A": "b"})))
-        done = subprocess.run(
-            ["shellcheck", "--severity=warning", script],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.stdout == ""
+# All of a line must fit into the 998 bytes that cron reads.
+short_texts = texts.map(lambda text: text[:25])
+short_paths = short_texts.map(as_path)
 
 
 class TestCron:
     @settings(max_examples=30)
-    @given(path=paths, value=texts, script=texts)
+    @given(path=short_paths, value=short_texts, script=texts)
     def test_words_arrive_whole(
         self, tmp_path_factory: pytest.TempPathFactory, path: str, value: str, script: str
     ) -> None:
@@ -179,7 +43,7 @@ class TestCron:
         folder = tmp_path_factory.mktemp("cron")
         path, value = (" ".join(f"{text}%".splitlines()) for text in (path, value))
         name = "".join(c for c in script if c in string.printable and c not in "/\n\r")[:50]
-        recorder = make_program(folder / f"%{name}", RECORDER.format(folder=folder))
+        recorder = make_recorder(folder / f"%{name}")
         submission = make_submission(path, env={"VALUE": value}, schedule="0 2 * * *")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(crontab, "SCRIPT", recorder)
@@ -193,6 +57,14 @@ class TestCron:
         """A crontab has no way to write one."""
         with pytest.raises(JobFileError, match="line break"):
             crontab.render(make_submission("/jobs/a\nb.yaml", schedule="0 2 * * *"))
+
+    def test_a_long_line_is_refused(self) -> None:
+        """Cron would cut it without a word, and run what is left."""
+        override = f"prompt.template={'ä' * 500}"
+        with pytest.raises(
+            JobFileError, match=r"1\d\d\d bytes.*put the settings into the job file"
+        ):
+            crontab.render(make_submission("/job.yaml", override, schedule="0 2 * * *"))
 
     def test_a_time_is_needed(self) -> None:
         """With a way to give it."""
@@ -331,6 +203,11 @@ class TestPrograms:
         ("schedule='*/0 * * * *'", "has '\\*/0' as minute, a step of 0"),
         ("schedule='5/15 * * * *'", "has '5/15' as minute; write 5-59/15"),
         ("schedule='0,, * * * *'", "has '' as minute"),
+        ("schedule='0 2 */2 * 1'", "cron starts on days that are both, Kubernetes on .* either"),
+        ("schedule='0 2 1 * */2'", "has '1' as day of the month and '\\*/2' as day of the week"),
+        ("schedule='0 2 1,* * 1'", "Kubernetes starts on days that are both, cron on .* either"),
+        ("schedule='0 2 1 * 5,*/01'", "make one of the two a \\*"),
+        ("kuberay={image: i, time_zone: CET+1}", "has no zone 'CET\\+1'.*Europe/Berlin"),
         ("memory=64", "'cluster.memory' must"),
         ("env={'a b': c}", "'a b' is no environment variable"),
         ("slurm={time: 60}", "cannot take time: set cluster.walltime instead"),
@@ -349,7 +226,17 @@ def test_wrong_settings(job_file: Path, setting: str, words: str) -> None:
 
 @pytest.mark.parametrize(
     "schedule",
-    ["0 2 * * *", "*/15 8-18/2 1,15 jan-mar,DEC mon-Fri", "59 23 31 12 0,6", " 0  0 * * 6 "],
+    [
+        "0 2 * * *",
+        "*/15 8-18/2 1,15 jan-mar,DEC mon-Fri",
+        "59 23 31 12 0,6",
+        " 0  0 * * 6 ",
+        "0 2 */2 * *",
+        "0 2 *,1 * 1",
+        "0 2 1 * 1",
+        "0 2 */1 * 1",
+        "0 2 1,* * *",
+    ],
 )
 def test_schedules(job_file: Path, schedule: str) -> None:
     """What cron takes is taken; only spaces are put right."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -53,6 +55,23 @@ def test_slurm_queues_a_job_until_it_is_complete(queue: FakeSlurm, tmp_path: Pat
     assert process.returncode == 0, log
     assert "by runs before this one" in log
     assert queue.num_requeued == 1
+    assert shardmill("verify", output).code == 0
+
+
+@pytest.mark.faults
+def test_rays_of_other_users_are_not_in_the_way(tmp_path: Path) -> None:
+    """On two nodes where Ray's usual file cannot be written: the job runs, and leaves no files."""
+    output = tmp_path / "out"
+    queue = FakeSlurm(tmp_path / "slurm", num_nodes=2)
+    two = ("--set", "cluster.nodes=2", "--set", "workers.count=2")
+    assert submit("slurm", output, "--limit", 40, *two, PATH=queue.path).code == 0
+    # The names of Ray's sockets must fit in 107 characters.
+    with closing(queue), TemporaryDirectory(prefix="sm-", dir="/tmp") as scratch:
+        theirs = Path(scratch, "ray", "ray_current_cluster")
+        theirs.mkdir(parents=True)
+        log, _ = queue.start(RAY_TMPDIR=scratch).communicate(timeout=100)
+        assert queue.started[0].returncode == 0, log
+        assert list(Path(scratch).rglob("*")) == [theirs.parent, theirs]
     assert shardmill("verify", output).code == 0
 
 

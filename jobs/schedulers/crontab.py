@@ -13,12 +13,16 @@ from pipeline.errors import JobFileError, ResourceError
 
 SCRIPT = ROOT / "run_job.sh"
 
+LONGEST_COMMAND = 998
+"""Bytes of a line after its five fields; what is beyond Vixie's cron drops, and runs the rest."""
+
 
 def render(submission: Submission) -> str:
     """A comment that names the job, and its line.
 
     Raises:
-        JobFileError: the job file names no time, or something has a line break in it.
+        JobFileError: the job file names no time, something has a line break in it, or the line is
+            too long.
         ResourceError: run_job.sh is not there.
     """
     schedule = submission.cluster.schedule
@@ -31,7 +35,7 @@ def render(submission: Submission) -> str:
         raise ResourceError(
             f"{SCRIPT} is not there: --to cron needs the repository, and not only the package"
         )
-    return f"{_mark(submission)}\n{schedule} {' '.join(_words(submission))}\n"
+    return f"{_mark(submission)}\n{schedule} {_command(submission)}\n"
 
 
 def send(submission: Submission) -> str:
@@ -50,6 +54,17 @@ def send(submission: Submission) -> str:
         kept += "\n"
     call(["crontab", "-"], kept + line)
     return f"in the crontab; its log is {_log(submission)}"
+
+
+def _command(submission: Submission) -> str:
+    command = " ".join(_words(submission))
+    length = len(command.encode("utf-8", "surrogateescape"))
+    if length > LONGEST_COMMAND:
+        raise JobFileError(
+            f"{submission.job_file}: its command in the crontab has {length} bytes, and cron reads "
+            f"{LONGEST_COMMAND} at most; put the settings into the job file"
+        )
+    return command
 
 
 def _words(submission: Submission) -> Iterator[str]:

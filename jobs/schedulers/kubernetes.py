@@ -119,8 +119,8 @@ def _cron_job(submission: Submission) -> Manifest:
             f"{submission.cluster.nodes}: set it to 1, or leave the schedule out and have "
             "`shardmill submit` started when it is time"
         )
-    pod = _pod(submission, "shardmill")
-    pod["containers"][0]["command"] = _command(submission)
+    pod, zone = _pod(submission, "shardmill"), _kuberay(submission).time_zone
+    pod["containers"][0]["command"] = [_literal(word) for word in _command(submission)]
     rules = [
         {
             "action": "Ignore",  # the node is drained, or needed for something else
@@ -141,6 +141,7 @@ def _cron_job(submission: Submission) -> Manifest:
         "metadata": _metadata(submission),
         "spec": {
             "schedule": submission.cluster.schedule,
+            **({} if zone is None else {"timeZone": zone}),
             "concurrencyPolicy": "Forbid",
             "startingDeadlineSeconds": 3600,
             "jobTemplate": {
@@ -200,7 +201,9 @@ def _pod(submission: Submission, container: str) -> Manifest:
             {
                 "name": container,
                 "image": kuberay.image,
-                "env": [{"name": name, "value": value} for name, value in variables.items()],
+                "env": [
+                    {"name": name, "value": _literal(value)} for name, value in variables.items()
+                ],
                 "envFrom": secrets,
                 "resources": {"requests": _resources(submission), "limits": _resources(submission)},
                 "volumeMounts": mounts,
@@ -208,6 +211,11 @@ def _pod(submission: Submission, container: str) -> Manifest:
         ],
         "volumes": volumes,
     }
+
+
+def _literal(text: str) -> str:
+    """A text in which Kubernetes finds no `$(NAME)` to replace."""
+    return text.replace("$", "$$")
 
 
 def _resources(submission: Submission) -> Manifest:

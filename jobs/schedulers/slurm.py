@@ -16,8 +16,8 @@ from jobs.schedulers.submission import Submission
 NOTICE = 180
 """Seconds before the end of the wall time at which the run is told to stop, at most."""
 
-MOST_RESTARTS = 5
-"""How often a job is queued again because of its node or its network."""
+MOST_FAILURES = 5
+"""In a row, after each of which a job is queued again: its node or its network may be to blame."""
 
 _TEMPLATE = Path(__file__).with_name("slurm.sh.j2")
 
@@ -37,7 +37,7 @@ def render(submission: Submission) -> str:
         python=submission.python,
         num_nodes=submission.cluster.nodes,
         step_options="" if cpus is None else f"--cpus-per-task={cpus}",
-        most_restarts=MOST_RESTARTS,
+        most_failures=MOST_FAILURES,
     )
 
 
