@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.bands import grouped_order
 from pipeline.decoder import Decoder
 from pipeline.fixed_step import Decoded
-from pipeline.sampling import BROKEN, Sampler, greedy
+from pipeline.sampling import BROKEN, Sampler, greedy, marked
 from pipeline.slots import SlotCache
 from pipeline.stopping import Vocabulary
 from pipeline.transfer import Readback, to_device
@@ -23,6 +23,11 @@ class Picker:
     Args:
         last_tokens: the last token of each row, (rows,) int64; None if all are known to the rows.
         unread: rows whose last token is still unknown to them.
+        seen: the tokens of each row so far, (rows, vocabulary) bool; None if nobody has marked
+            them yet.
+
+    Attributes:
+        seen: the same, kept up to date; None as long as nobody needs it.
     """
 
     def __init__(
@@ -32,7 +37,9 @@ class Picker:
         device: torch.device,
         last_tokens: Tensor | None = None,
         unread: Collection[Row] = (),
+        seen: Tensor | None = None,
     ) -> None:
+        self.seen = seen
         self._is_plain = all(_is_plain(row) for row in rows)
         if self._is_plain:
             return
@@ -40,7 +47,6 @@ class Picker:
         self._last_tokens = last_tokens
         self._sampler = Sampler([row.requests[0] for row in rows], vocabulary, device)
         self._steps = to_device([len(row.generated.ids) + (row in unread) for row in rows], device)
-        self._seen: Tensor | None = None
 
     def pick(self, decoded: Decoded) -> Tensor:
         """The next token of each row, or `BROKEN`; (rows,) int64.
@@ -54,15 +60,15 @@ class Picker:
         return tokens.masked_fill_(decoded.best == BROKEN, BROKEN)
 
     def _sample(self, logits: Tensor) -> Tensor:
-        if self._sampler.has_penalty and self._seen is None:
-            self._seen = _tokens_seen(self._rows, logits)
+        if self._sampler.has_penalty and self.seen is None:
+            self.seen = marked([row.tokens for row in self._rows], logits.shape[-1], logits.device)
             if self._last_tokens is not None:
-                self._seen.scatter_(1, self._last_tokens[:, None], True)
-        scores = self._sampler.process(logits, self._steps, self._seen)
+                self.seen.scatter_(1, self._last_tokens[:, None], True)
+        scores = self._sampler.process(logits, self._steps, self.seen)
         tokens = self._sampler.pick(scores, self._steps)
         self._steps += 1
-        if self._seen is not None:
-            self._seen.scatter_(1, tokens[:, None], True)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
         return tokens
 
 
@@ -112,6 +118,7 @@ class Batch:
         self._last_tokens = torch.empty(0, dtype=torch.int64, device=self._device)
         self._adapters: list[str] = []
         self._picker: Picker | None = None
+        self._seen: Tensor | None = None
         self._unread: Launched | None = None
 
     def __len__(self) -> int:
@@ -138,7 +145,7 @@ class Batch:
         if self._picker is None:
             unread = self._unread.rows if self._unread else ()
             self._picker = Picker(
-                self.rows, self._vocabulary, self._device, self._last_tokens, unread
+                self.rows, self._vocabulary, self._device, self._last_tokens, unread, self._seen
             )
             self._adapters = [row.adapter for row in self.rows]
         return self._picker.pick(self._decoder(self._last_tokens, self.cache, self._adapters))
@@ -152,8 +159,11 @@ class Batch:
         self.cache.append(prefilled, sources)
         added = to_device([row.generated.ids[-1] for row in rows], self._device)
         self._last_tokens = torch.cat([self._last_tokens, added])
+        self._drop_picker()
+        if self._seen is not None:
+            tokens = [row.tokens for row in rows]
+            self._seen = torch.cat([self._seen, marked(tokens, self._seen.shape[1], self._device)])
         self.rows.extend(rows)
-        self._picker = None
         self._group_by_length()
 
     def _group_by_length(self) -> None:
@@ -181,9 +191,17 @@ class Batch:
 
     def _take_order(self, order: Sequence[int]) -> None:
         """Follows the cache, in which each slot now has the row of the given one."""
+        slots = to_device(order, self._device, torch.int64)
         self.rows = [self.rows[slot] for slot in order]
-        self._last_tokens = self._last_tokens[to_device(order, self._device, torch.int64)]
-        self._picker = None
+        self._last_tokens = self._last_tokens[slots]
+        self._drop_picker()
+        if self._seen is not None:
+            self._seen = self._seen[slots]
+
+    def _drop_picker(self) -> None:
+        """Lets go of what is made for the rows as they were, but for the tokens they have seen."""
+        if self._picker is not None:
+            self._seen, self._picker = self._picker.seen, None
 
 
 def pick_first(rows: Sequence[Row], vocabulary: Vocabulary, logits: Tensor) -> list[int]:
@@ -191,13 +209,3 @@ def pick_first(rows: Sequence[Row], vocabulary: Vocabulary, logits: Tensor) -> l
     picker = Picker(rows, vocabulary, logits.device)
     tokens: list[int] = picker.pick(Decoded(logits, greedy(logits))).tolist()
     return tokens
-
-
-def _tokens_seen(rows: Sequence[Row], logits: Tensor) -> Tensor:
-    """Which tokens each row has in prompt and completion; (rows, vocabulary) bool."""
-    seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-    for slot, row in enumerate(rows):
-        # Prompt tokens beyond the logits cannot be generated.
-        ids = [token for token in row.tokens if token < logits.shape[-1]]
-        seen[slot, ids] = True
-    return seen

@@ -7,6 +7,7 @@ from the tokens it has.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -140,7 +141,7 @@ class ContinuousEngine:
             return
         while num_free > 0 and (rows := self._waiting.head(num_free)):
             self._prefiller.share(self._waiting.prefix, self._waiting.prefix_adapter)
-            part = self._prefiller.next_part(rows)
+            part = self._prefiller.next_part(rows, self._room.max_prefill_tokens)
             self._admitting = self._waiting.take(len(part.rows))
             self._admit(part)
             self._admitting = []
@@ -241,21 +242,26 @@ class ContinuousEngine:
     def _make_smaller(self, message: str) -> None:
         """Frees all memory and puts the rows back, to run half as many at a time.
 
-        A row that was alone does not fit at all.
+        A row that was alone may have had more than it needs; when it has not, it does not fit.
         """
         rows = list(dict.fromkeys([*self._batch.by_age(), *self._admitting]))
+        num_allocated = self._batch.cache.num_slots * self._batch.cache.capacity
         self._decoder.forget()
         self._batch = self._new_batch()
         self._prefiller.forget()
         self._admitting = []
+        gc.collect()
         torch.cuda.empty_cache()
         self._metrics = self._metrics.plus(out_of_memory=1)
         if len(rows) > 1:
-            self._room.halve(len(rows), max(row.length for row in rows))
+            self._room.halve(len(rows), max(row.length for row in rows), num_allocated)
             self._waiting.put_back([row for row in rows if not row.has_ended])
             logger.warning(
                 "out of memory with %d rows (%s): going on with less", len(rows), message
             )
+        elif not rows[0].has_ended and not self._room.is_for_one:
+            self._room.is_for_one = True  # until it has ended
+            self._waiting.put_back(rows)
         elif not rows[0].has_ended:
             self._fail(rows[0], f"out_of_memory: {rows[0].length} tokens do not fit, even alone")
 
@@ -269,5 +275,6 @@ class ContinuousEngine:
 
     def _close(self, row: Row) -> None:
         """Hands out the answer of a row that has ended."""
+        self._room.is_for_one = False
         self._intake.forget(row)
         self._finished.extend(row.completions())

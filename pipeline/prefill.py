@@ -16,6 +16,8 @@ from pipeline.waiting import Row
 
 MAX_PREFILL_TOKENS = 4096
 """Most positions of one forward pass, unless a single row has more; bounds its memory."""
+MAX_PREFILL_COLUMNS = 16384
+"""Most positions of which a forward pass keeps keys and values, a prefix counted for each row."""
 MIN_FILL = 0.8
 """A row joins a batch if it has this share of the longest row's tokens…"""
 FREE_PADDING_TOKENS = 16
@@ -77,16 +79,27 @@ class Prefiller:
         """Frees the prefix, and shares none until told again."""
         self._active, self._stored, self._cache = (), (), None
 
-    def next_part(self, rows: Sequence[Row]) -> Part:
-        """The first of these rows: as many as are alike in length and in the prefix."""
+    def next_part(self, rows: Sequence[Row], max_columns: int | None = None) -> Part:
+        """The first of these rows: as many as are alike in length and in the prefix.
+
+        Args:
+            max_columns: as many of their keys and values as there is memory for; None if nobody
+                knows, which the first row has to show by itself.
+        """
         num_shared = self._num_shared(rows[0])
         longest = rows[0].length
         width = longest - num_shared
         least = min(MIN_FILL * width, width - FREE_PADDING_TOKENS)
         part: list[Row] = []
-        for row in rows[: max(1, MAX_PREFILL_TOKENS // width)]:
+        different: set[tuple[tuple[int, ...], str]] = set()
+        max_columns = min(MAX_PREFILL_COLUMNS, max_columns or 0)
+        most = max(1, min(MAX_PREFILL_TOKENS // width, max_columns // longest))
+        for row in rows:
             is_alike = least <= row.length - num_shared and row.length <= longest
             if not is_alike or self._num_shared(row) != num_shared:
+                break
+            different.add((row.tokens, row.adapter))
+            if len(different) > most:
                 break
             part.append(row)
         return Part(part, num_shared)

@@ -11,8 +11,11 @@ from pipeline.slots import SlotCache
 
 CPU_CACHE_BYTES = 2 * 2**30
 """Without a GPU, where nothing says how much of the machine's memory is meant for it."""
-FREE_SHARE = 0.85
-"""Of what a GPU has left beside the weights; the rest is for a forward pass's own tensors."""
+FREE_SHARE = 0.75
+"""Of what a GPU has left beside the weights; the rest is for prompts that are being prefilled and
+for a forward pass's own tensors."""
+PREFILL_SHARE = 8
+"""Keys and values of prompts that are being prefilled take an eighth beside those in slots."""
 COLUMN_STEP = 64
 """Capacities are multiples of this."""
 SPARE_SHARE = 4
@@ -64,6 +67,7 @@ class Room:
 
     Attributes:
         num_moves: times a window was moved, within its buffers or to other ones.
+        is_for_one: a single row runs, in buffers that are no larger than it needs.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Room:
     ) -> None:
         self.num_slots = num_slots
         self.num_moves = 0
+        self.is_for_one = False
         self._num_bytes = num_bytes
         self._budget: int | None = None
         self._limit = limit
@@ -88,12 +93,23 @@ class Room:
         else:
             self._budget = min(self._num_bytes[device] // n for device, n in token_bytes.items())
 
-    def halve(self, num_rows: int, length: int) -> None:
-        """Takes note that so many rows, the longest of this length, are twice too many."""
-        self._limit.lower(num_rows * num_columns(length) // 2)
+    @property
+    def max_prefill_tokens(self) -> int | None:
+        """Of prompts that are prefilled together, padding and prefix included; None if unknown."""
+        return None if self.max_tokens is None else self.max_tokens // PREFILL_SHARE
+
+    def halve(self, num_rows: int, length: int, num_allocated: int) -> None:
+        """Takes note that so many rows, the longest of this length, are twice too many.
+
+        Args:
+            num_allocated: slots times columns of the buffers that there were.
+        """
+        self._limit.lower(max(num_rows * num_columns(length), num_allocated) // 2)
 
     def num_rows(self, length: int) -> int:
         """How many rows run together if the longest has `length` tokens; at least 1."""
+        if self.is_for_one:
+            return 1
         if self.max_tokens is None:
             return self.num_slots
         return min(self.num_slots, max(1, self.max_tokens // num_columns(length)))
@@ -127,7 +143,8 @@ class Room:
         num_slots = self.num_rows(length)
         needed = num_columns(length)
         wanted = max(GROWTH * needed, cache.capacity)
-        capacity = max(needed, min(wanted, self.max_tokens // num_slots))
+        most = needed if self.is_for_one else self.max_tokens // num_slots
+        capacity = max(needed, min(wanted, most))
         cache.resize(num_slots, capacity)
         self.num_moves += 1
 
@@ -141,5 +158,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         sign in text
-        for sign in ("out of memory", "not enough memory", "alloc_failed", "can't allocate memory")
+        for sign in (
+            "out of memory",
+            "not enough memory",
+            "alloc_failed",
+            "bad_alloc",
+            "can't allocate memory",
+        )
     )

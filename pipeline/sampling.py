@@ -8,7 +8,7 @@ number of the token, with no state, so that a sample does not depend on batch, w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -136,7 +136,7 @@ class _Early:
     ) -> None:
         minimum = [row.min_new_tokens for row in rows]
         self._has_any = any(minimum)
-        self._minimum = torch.tensor(minimum, device=device)
+        self._minimum = to_device(minimum, device)
         self._endings = [vocabulary.ending_ids(row) if row.min_new_tokens else () for row in rows]
         self._is_ending: Tensor | None = None
 
@@ -145,13 +145,25 @@ class _Early:
         if not self._has_any:
             return scores
         if self._is_ending is None:
-            self._is_ending = torch.zeros_like(scores, dtype=torch.bool)
-            for row, tokens in enumerate(self._endings):
-                # Some models have tokens that they can read and not write.
-                written = [token for token in tokens if token < scores.shape[-1]]
-                self._is_ending[row, written] = True
+            self._is_ending = marked(self._endings, scores.shape[-1], scores.device)
         is_early = (step < self._minimum)[:, None]
         return scores.masked_fill(self._is_ending & is_early, -torch.inf)
+
+
+def marked(rows: Sequence[Iterable[int]], num_tokens: int, device: torch.device) -> Tensor:
+    """Which tokens each row has; (rows, `num_tokens`) bool.
+
+    Others are left out: some models have tokens that they can read and not write.
+    """
+    places = {
+        row * num_tokens + token
+        for row, tokens in enumerate(rows)
+        for token in tokens
+        if token < num_tokens
+    }
+    marks = torch.zeros(len(rows) * num_tokens, dtype=torch.bool, device=device)
+    marks.index_fill_(0, to_device(list(places), device, torch.int64), True)
+    return marks.view(len(rows), num_tokens)
 
 
 def uniform(keys: Tensor, step: int | Tensor) -> Tensor:

@@ -220,6 +220,28 @@ def test_a_shared_prefix_is_worked_through_once(model: Model) -> None:
     assert engine.metrics.num_saved_tokens == 12 * 49 + 3 * 49
 
 
+def test_a_long_prefix_makes_groups_small(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is copied for each row of a group, and a prompt that nobody has measured runs alone."""
+    prefill, shapes = Forward.prefill, []
+
+    def noting(self: Forward, rows: Sequence[Sequence[int]], *args: Any) -> Any:
+        shapes.append((len(rows), max(map(len, rows))))
+        return prefill(self, rows, *args)
+
+    monkeypatch.setattr(Forward, "prefill", noting)
+    monkeypatch.setattr("pipeline.prefill.MAX_PREFILL_COLUMNS", 400)
+    chance = random.Random(0)
+    prefix = random_prompt(chance, 90)
+    requests = [request(row, prefix + random_prompt(chance, 4), 2) for row in range(13)]
+    completions = answers(ContinuousEngine(model, num_slots=13), requests)
+    assert texts(completions) == [spell(alone(model, one)) for one in requests]
+    assert shapes == [(1, 90), (1, 94), (4, 94), (4, 94), (4, 94)]
+    shapes.clear()
+    token_bytes = prefill(Forward(model), [(3, 4)])[0].num_token_bytes
+    answers(ContinuousEngine(model, 13, cache_bytes=1600 * token_bytes), requests)
+    assert max(shapes)[0] == 1600 // 8 // 94
+
+
 def test_a_prompt_that_is_the_shared_prefix_and_no_more(
     model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -269,8 +291,8 @@ def test_slots_are_refilled_in_groups(model: Model, monkeypatch: pytest.MonkeyPa
     requests = [request(row, random_prompt(chance, 6), 2 + row % 15) for row in range(80)]
     engine = ContinuousEngine(model, num_slots=16)
     answers(engine, requests)
-    assert group_sizes[0] == 16
-    assert min(group_sizes[:-1]) >= 2
+    assert group_sizes[:2] == [1, 15], "the first one shows what a token takes"
+    assert min(group_sizes[1:-1]) >= 2
 
 
 def test_the_batch_shrinks_as_rows_run_out(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

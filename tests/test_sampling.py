@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -102,6 +103,27 @@ def test_nothing_ends_a_row_too_early() -> None:
             )
             ids = torch.zeros(1, 5 + step, dtype=torch.int64)
             assert torch.equal(scores[row], processor(ids, logits[row : row + 1])[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"min_new_tokens": 3}])
+def test_nothing_waits_for_the_device(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
+) -> None:
+    """A tensor that is made there at once would; so would a list of places to write to."""
+    vocabulary = Vocabulary(lambda ids: "", 8, {}, frozenset([1, 2, 9]))
+    requests = [Request(RequestId(0, row, 0), (3,), Sampling(9, **options)) for row in range(3)]
+
+    def strict(*args: Any, device: object = None, **kwargs: Any) -> Tensor:
+        assert device is None, "this copy waits"
+        return tensor(*args, **kwargs)
+
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", strict)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "__setitem__", None)
+        scores = Sampler(requests, vocabulary, torch.device("cpu")).process(torch.zeros(3, 8))
+    is_early = bool(options)
+    assert scores.isinf().sum().item() == is_early * 3 * 2
 
 
 def test_top_p_at_its_limit() -> None:
