@@ -6,6 +6,7 @@ run knows, in a file of the folder, tells.
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 import time
@@ -52,7 +53,7 @@ def check(folder: RunFolder, word: str, inputs: Sequence[str]) -> None:
             )
         time.sleep(1.0)
     for path in {*inputs[:1], *inputs[-1:]}:
-        if not Path(path).exists():
+        if not os.path.exists(path):
             raise InputError(
                 f"node {node} has no '{path}': the input must lie on a file system that all nodes "
                 "of the cluster have at the same place"

@@ -213,7 +213,7 @@ def _make_paths_absolute(values: dict[str, Any], base: Path) -> None:
         """A hub id looks like a relative path; a folder of that name comes first."""
         if not isinstance(text, str):
             return text
-        is_path = text.startswith((".", "/", "~")) or (base / text).exists()
+        is_path = text.startswith((".", "/", "~")) or os.path.exists(base / text)
         return absolute(text) if is_path else text
 
     for block, key, change in (

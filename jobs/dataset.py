@@ -7,6 +7,7 @@ load: the import takes seconds.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ def stage_dataset(request: DatasetRequest, base: Path, staging: Path) -> tuple[S
         OutputError: the staging folder cannot be written.
     """
     folder = base / Path(request.name).expanduser()
-    data, commit = (_saved(folder, request), None) if folder.is_dir() else _from_hub(request)
+    is_here = os.path.isdir(folder)
+    data, commit = (_saved(folder, request), None) if is_here else _from_hub(request)
     identity = [request.config, request.split, commit or data._fingerprint]
     [path] = stage_once(
         staging, ["dataset", request.limit, identity], lambda out: _write(data, request, out)

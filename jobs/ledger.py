@@ -6,6 +6,7 @@ calls `Ledger.sweep`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from jobs.state import JobState
 from jobs.tally import note, read_notes, stamp_of
 from pipeline.errors import DamagedOutputError, InputError
 from pipeline.folder import RunFolder
-from pipeline.publish import output_errors, sync_folder
+from pipeline.publish import is_there, output_errors, read_errors, sync_folder
 from pipeline.segments import (
     SegmentInfo,
     Totals,
@@ -42,26 +43,27 @@ class Ledger:
 
         Raises:
             InputError: it is none.
-            OutputError: it is a newer Shardmill's.
+            OutputError: it is a newer Shardmill's, or cannot be read.
             DamagedOutputError: its manifest is damaged.
         """
         run = RunFolder(folder)
-        if not run.manifest.is_file():
-            raise InputError(
-                f"'{folder}' is no output folder of Shardmill: it has no "
-                f"'{run.manifest.relative_to(folder)}'; give the folder that a run wrote to"
-            )
-        return cls(run, read_manifest(run.manifest))
+        with read_errors(run.manifest):
+            if not run.manifest.is_file():
+                raise InputError(
+                    f"'{folder}' is no output folder of Shardmill: it has no "
+                    f"'{run.manifest.relative_to(folder)}'; give the folder that a run wrote to"
+                )
+            return cls(run, read_manifest(run.manifest))
 
     @property
     def is_complete(self) -> bool:
         """Whether `_SUCCESS` and all parts are there; no file is opened."""
         parts = range(self.manifest.num_parts)
-        return self.folder.success.exists() and all(self.has_part(part) for part in parts)
+        return is_there(self.folder.success) and all(self.has_part(part) for part in parts)
 
     def has_part(self, part: int) -> bool:
         """Whether the part is published."""
-        return (self.folder.root / self.manifest.part_name(part)).exists()
+        return is_there(self.folder.root / self.manifest.part_name(part))
 
     def is_rolled_up(self, shard: int) -> bool:
         """Whether the shard is of this job and in a published part: its segments mean nothing."""
@@ -80,7 +82,7 @@ class Ledger:
         state = JobState(self.manifest)
         # Segments before parts: what moves from one to the other meanwhile is seen at least once.
         segments = list_segments(self.folder)
-        for part, totals in self._published().items():
+        for part, totals in self._published(range(self.manifest.num_parts)).items():
             state.add_part(part, totals)
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
             names = [
@@ -119,24 +121,36 @@ class Ledger:
         """Remove what dead processes left in `tmp`, and the segments of published parts.
 
         Raises:
+            DamagedOutputError: a part is not what its segments were put together to; they stay.
             OutputError: the operating system refuses.
         """
         with output_errors(self.folder.root):
             for leftover in (*self.folder.tmp.iterdir(), *self.folder.internal.glob("*.tmp")):
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)  # one that is not dead removes its own
             # A part's name may not be durable yet if its writer died right after linking it.
             sync_folder(self.folder.root)
-            for shard, commits in list_segments(self.folder).items():
-                if self.is_rolled_up(shard):
-                    for commit in commits:
-                        (self.folder.segments / segment_name(shard, commit)).unlink()
+            self._remove_rolled_up()
 
-    def _published(self) -> dict[int, Totals]:
-        """What the published parts hold."""
+    def _remove_rolled_up(self) -> None:
+        segments = list_segments(self.folder)
+        rolled_up = [shard for shard in segments if self.is_rolled_up(shard)]
+        # A name alone says nothing: this looks into those parts that the tally does not know.
+        whole = self._published({self.manifest.part_of(shard) for shard in rolled_up})
+        for shard in rolled_up:
+            if self.manifest.part_of(shard) in whole:
+                for commit in segments[shard]:
+                    (self.folder.segments / segment_name(shard, commit)).unlink()
+
+    def _published(self, parts: Iterable[int]) -> dict[int, Totals]:
+        """What those of the parts hold that are published.
+
+        Raises:
+            DamagedOutputError: one is torn, or another job's.
+        """
         notes, root = read_notes(self.folder), self.folder.root
         totals: dict[int, Totals] = {}
         unknown: list[int] = []
-        for part in range(self.manifest.num_parts):
+        for part in parts:
             stamp = stamp_of(root / self.manifest.part_name(part))
             if stamp is not None and (part, stamp) in notes:
                 totals[part] = notes[part, stamp]

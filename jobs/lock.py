@@ -2,7 +2,8 @@
 
 The kernel's lock on `.shardmill/lock` keeps out others on this machine and goes with its process,
 however that dies. Where the file system does not carry it to other machines, a heartbeat in the
-file does, if their clocks agree within half a minute.
+file does, if their clocks agree within half a minute. Where it knows no locks at all, of drivers
+that start at once the one stays whose record is in the file a moment later.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import LockedError
 from pipeline.folder import RunFolder
-from pipeline.publish import output_errors
+from pipeline.publish import output_errors, read_errors
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
 DEAD_AFTER_SECONDS = 60.0
+SETTLE_SECONDS = 2.0
+"""Longer than a driver takes from reading the record to writing its own."""
 
 _RECORD_BYTES = 1024
 _NO_FLOCK = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
@@ -95,7 +98,8 @@ def _process_exists(pid: int) -> bool:
 def read_owner(folder: Path) -> Owner | None:
     """The last owner of a run folder, or None if there is none on record."""
     path = RunFolder(folder).lock
-    return _parse(path.read_bytes()) if path.exists() else None
+    with read_errors(path):
+        return _parse(path.read_bytes()) if path.exists() else None
 
 
 def _parse(record: bytes) -> Owner | None:
@@ -129,8 +133,10 @@ class RunLock:
         with output_errors(self._folder):
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                self._take()
+                kernel_knows = self._take()
                 self._write()
+                if not kernel_knows:
+                    self._outlast()
             except BaseException:
                 os.close(self._descriptor)
                 raise
@@ -152,7 +158,8 @@ class RunLock:
         finally:
             os.close(self._descriptor)
 
-    def _take(self) -> None:
+    def _take(self) -> bool:
+        """Whether the kernel keeps others out from now on."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             kernel_knows = True
@@ -164,6 +171,16 @@ class RunLock:
             logger.warning("'%s' cannot be locked (%s); its heartbeat decides", self._path, error)
             kernel_knows = False
         self._check_record(kernel_knows)
+        return kernel_knows
+
+    def _outlast(self) -> None:
+        """Gives way to who has read the record when we did, and written after us."""
+        os.fsync(self._descriptor)
+        time.sleep(SETTLE_SECONDS)
+        # By a new opening, as a network file system may answer an old one from its memory.
+        owner = read_owner(self._folder)
+        if owner is None or replace(owner, heartbeat=self._owner.heartbeat) != self._owner:
+            raise self._locked(owner)
 
     def _check_record(self, kernel_knows: bool) -> None:
         owner = self._recorded()

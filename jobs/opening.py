@@ -16,7 +16,7 @@ from jobs.lock import RunLock
 from jobs.manifest import Manifest, read_manifest
 from pipeline.errors import JobDiffersError, OutputError
 from pipeline.folder import RunFolder
-from pipeline.publish import output_errors, sync_folder, write_json
+from pipeline.publish import make_folders, output_errors, write_json
 
 _FOLDERS = ("segments", "tmp", "logs", "input")
 _BEFORE_MANIFEST = frozenset({*_FOLDERS, "lock", "job.yaml"})
@@ -33,17 +33,7 @@ def prepare(folder: Path) -> RunFolder:
     run = RunFolder(folder)
     with output_errors(folder):
         _refuse_what_is_there(run)
-        # A link to a folder that does not exist yet is made good; mkdir would refuse it.
-        root = folder.resolve()
-        inner = _inner_folders(run)
-        made = [path for path in (*inner, run.internal, root, *root.parents) if not path.exists()]
-        root.mkdir(parents=True, exist_ok=True)
-        for path in inner:
-            path.mkdir(parents=True, exist_ok=True)
-        # Or a power cut may take a folder with all its commits; also one that an earlier cut took
-        # and that has been made again.
-        for parent in dict.fromkeys(path.parent for path in made):
-            sync_folder(parent)
+        make_folders(_inner_folders(run))
     return run
 
 

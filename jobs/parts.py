@@ -20,7 +20,7 @@ from jobs.manifest import Manifest
 from jobs.row_checks import wrong_row
 from pipeline.errors import DamagedOutputError, SupersededError
 from pipeline.folder import RunFolder
-from pipeline.publish import output_errors, publish, sync_folder, temporary_file
+from pipeline.publish import is_there, output_errors, publish, sync_folder, temporary_file
 from pipeline.segments import (
     SegmentInfo,
     Totals,
@@ -152,7 +152,7 @@ def roll_up(folder: RunFolder, manifest: Manifest, part: int) -> PartInfo:
         DamagedOutputError: a segment is missing, torn, or does not hold the rows that belong there.
         OutputError: the part cannot be written.
     """
-    if not (folder.root / manifest.part_name(part)).exists():
+    if not is_there(folder.root / manifest.part_name(part)):
         _write_part(folder, manifest, part)
     info = read_part(folder, manifest, part)
     with output_errors(folder.root):
@@ -171,7 +171,7 @@ def finish(folder: RunFolder, manifest: Manifest) -> Totals:
     """
     totals = Totals()
     for part in range(manifest.num_parts):
-        if not (folder.root / manifest.part_name(part)).exists():
+        if not is_there(folder.root / manifest.part_name(part)):
             name = manifest.part_name(part)
             raise DamagedOutputError(f"'{folder.root}' lacks {name}; run the same command again")
         totals += read_part(folder, manifest, part).totals

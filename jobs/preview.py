@@ -23,6 +23,7 @@ from pipeline.host_memory import host_memory
 from pipeline.model import load_tokenizer
 from pipeline.placement import check_offload
 from pipeline.prompts import PromptRenderer
+from pipeline.publish import is_there
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ def check_can_run(job: JobConfig) -> None:
     check_output(output)
     here = Resources((num_cores(),), (torch.cuda.device_count(),))
     check_offload(job.model, shape_workers(job.workers, here, num_shards=1).num_gpus)
-    if RunFolder(output).manifest.exists():
+    if is_there(RunFolder(output).manifest):
         ledger = Ledger.open(output)
         with prepared_for_now(job) as prepared:
             check_same_job(ledger, prepared.manifest(ledger.manifest.files))
@@ -147,7 +148,7 @@ def _num_gpus(workers: WorkersSettings) -> int:
 def _state(prepared: PreparedJob) -> str:
     """What `run` would say to the output folder as it is."""
     folder = RunFolder(Path(prepared.job.output.path))
-    if not folder.manifest.exists():
+    if not is_there(folder.manifest):
         return "a new run"
     ledger = Ledger.open(folder.root)
     try:

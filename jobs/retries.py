@@ -18,7 +18,7 @@ from pydantic import Field
 
 from pipeline.errors import DamagedOutputError
 from pipeline.folder import RunFolder
-from pipeline.publish import output_errors, sync_folder, write_json
+from pipeline.publish import make_folders, output_errors, write_json
 from pipeline.records import FinishReason
 from pipeline.segments import Totals
 from pipeline.settings import Settings
@@ -87,19 +87,25 @@ def read_retries(folder: RunFolder) -> list[RetryRecord]:
     return sorted(records, key=lambda record: record.retry.number)
 
 
+def prepare_retry(folder: RunFolder, number: int) -> RunFolder:
+    """Makes the folder of a retry that starts, or goes on after a power cut or in a copy.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    own = retry_folder(folder, number)
+    with output_errors(folder.root):
+        make_folders(own.internal / name for name in _FOLDERS)
+    return own
+
+
 def start_retry(folder: RunFolder, retry: Retry) -> None:
     """Makes the retry's folder, and last the file by which it exists.
 
     Raises:
         OutputError: they cannot be written.
     """
-    own = retry_folder(folder, retry.number)
-    with output_errors(folder.root):
-        for name in _FOLDERS:
-            (own.internal / name).mkdir(parents=True, exist_ok=True)
-        # Once a part names this retry, its record must not be lost to a power cut.
-        for made in (folder.retries, folder.internal):
-            sync_folder(made)
+    own = prepare_retry(folder, retry.number)
     write_json(own.root / "retry.json", retry.model_dump(mode="json"))
 
 

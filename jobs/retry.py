@@ -14,11 +14,19 @@ from pathlib import Path
 from jobs.cluster import shape_workers
 from jobs.ledger import Ledger
 from jobs.lock import RunLock
+from jobs.opening import prepare
 from jobs.parts import PartInfo, finish
 from jobs.plan import choose_shards_in_flight
 from jobs.prepare import PreparedJob
 from jobs.progress import Reporter
-from jobs.retries import Retry, RetryResult, finish_retry, read_retries, start_retry
+from jobs.retries import (
+    Retry,
+    RetryResult,
+    finish_retry,
+    prepare_retry,
+    read_retries,
+    start_retry,
+)
 from jobs.retry_ledger import RetryLedger, retried
 from jobs.retry_plan import RetryPlan, now, plan_continued, plan_retry
 from jobs.run import Budget, Run, RunOptions, logging_to
@@ -78,7 +86,8 @@ def retry_rows(
         stop.check()
         # In full, because workers are told the path.
         base = Ledger.open(folder.absolute())
-        with RunLock(base.folder.root), logging_to(base.folder):
+        root = base.folder.root
+        with RunLock(root), logging_to(prepare(root)):  # a copy may lack what was empty
             return _Retrying(base, options, stop, reporter).run(only, overrides)
 
 
@@ -124,6 +133,8 @@ class _Retrying:
     def _complete(self, ledger: RetryLedger, plan: RetryPlan) -> float:
         """Does what is left; returns the tokens per second."""
         self._log(ledger, plan.prepared)
+        if not plan.is_new:
+            prepare_retry(self.base.folder, plan.retry.number)
         if ledger.is_complete:
             ledger.sweep()  # died between its last part and its result
             return 0.0

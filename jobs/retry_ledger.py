@@ -7,7 +7,7 @@ takes the place of the old one in one step. Until then the old one stays as it i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,8 +134,8 @@ class RetryLedger(Ledger):
             parts.remove_segments(self.folder, manifest.part_shards(part))
         return info
 
-    def _published(self) -> dict[int, Totals]:
-        return dict(self.made)
+    def _published(self, parts: Iterable[int]) -> dict[int, Totals]:
+        return {part: self.made[part] for part in parts if part in self.made}
 
     def _replace(self, old: PartInfo) -> PartInfo:
         manifest, root = self.base.manifest, self.base.folder.root

@@ -49,14 +49,25 @@ def find_sources(entries: Sequence[str], base: Path) -> list[Source]:
         base: the folder that relative entries start from.
 
     Raises:
-        InputError: an entry means no file, a file is named twice, or Parquet and JSONL mix.
+        InputError: an entry means no file or may not be looked at, a file is named twice, or
+            Parquet and JSONL mix.
     """
-    paths = [path for entry in entries for path in _expand(entry, base)]
+    paths = [path for entry in entries for path in _found(entry, base)]
     _check_distinct(paths)
     parent = os.path.commonpath([path.parent for path in paths])
     sources = [Source(_name(path, parent), path) for path in paths]
     _check_one_kind(sources)
     return sources
+
+
+def _found(entry: str, base: Path) -> list[Path]:
+    try:
+        return _expand(entry, base)
+    except OSError as error:
+        raise InputError(
+            f"input.path '{entry}' cannot be read ({error.strerror}): allow it and the folders "
+            "above it to be read, or correct the path."
+        ) from error
 
 
 def _expand(entry: str, base: Path) -> list[Path]:

@@ -49,7 +49,7 @@ def read_status(folder: Path) -> Status:
 
     Raises:
         InputError: it is no run folder.
-        OutputError: it is a newer Shardmill's.
+        OutputError: it is a newer Shardmill's, or a file of it cannot be read.
         DamagedOutputError: a file of it is torn or foreign.
     """
     ledger = Ledger.open(folder)

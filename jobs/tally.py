@@ -14,7 +14,7 @@ from dataclasses import astuple, fields
 from pathlib import Path
 
 from pipeline.folder import RunFolder
-from pipeline.publish import output_errors
+from pipeline.publish import output_errors, read_errors
 from pipeline.segments import Totals
 
 Stamp = tuple[int, int]
@@ -22,9 +22,14 @@ Stamp = tuple[int, int]
 
 
 def stamp_of(path: Path) -> Stamp | None:
-    """What tells a file from one that takes its place later; None if it is not there."""
+    """What tells a file from one that takes its place later; None if it is not there.
+
+    Raises:
+        OutputError: the operating system does not say.
+    """
     try:
-        status = path.stat()
+        with read_errors(path):
+            status = path.stat()
     except FileNotFoundError:
         return None
     return status.st_size, status.st_mtime_ns
@@ -45,9 +50,8 @@ def note(folder: RunFolder, name: str, part: int, totals: Totals) -> None:
 
 def read_notes(folder: RunFolder) -> dict[tuple[int, Stamp], Totals]:
     """All notes, by part and stamp; lines that make no sense are passed over."""
-    if not folder.tally.exists():
-        return {}
-    lines = folder.tally.read_bytes().splitlines()
+    with read_errors(folder.tally):
+        lines = folder.tally.read_bytes().splitlines() if folder.tally.exists() else []
     return {(part, stamp): totals for part, stamp, totals in filter(None, map(_parsed, lines))}
 
 

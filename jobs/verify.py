@@ -23,6 +23,7 @@ from pipeline.segments import (
     committed_infos,
     list_segments,
     missing_positions,
+    names_in_segments,
     open_parquet,
     parse_segment_name,
     read_rows,
@@ -68,7 +69,7 @@ def verify(folder: Path) -> VerifyReport:
 
     Raises:
         InputError: it is no run folder.
-        OutputError: it is a newer Shardmill's.
+        OutputError: it is a newer Shardmill's, or a file of it cannot be read.
         DamagedOutputError: its manifest is damaged, so that nothing can be checked against it.
         LockedError: a run works in it.
     """
@@ -200,9 +201,9 @@ def _check_strangers(ledger: Ledger, report: VerifyReport) -> None:
 
 
 def _check_segment_names(ledger: Ledger, report: VerifyReport) -> None:
-    for path in sorted(ledger.folder.segments.iterdir()):
-        if parse_segment_name(path.name) is None:
-            report.damage.append(f"'{path}' is no segment")
+    for name in sorted(names_in_segments(ledger.folder)):
+        if parse_segment_name(name) is None:
+            report.damage.append(f"'{ledger.folder.segments / name}' is no segment")
     num_leftovers = 0
     for shard, commits in list_segments(ledger.folder).items():
         if ledger.is_rolled_up(shard):
@@ -232,10 +233,15 @@ def _check_inputs(ledger: Ledger, report: VerifyReport) -> None:
     for file in ledger.manifest.files:
         staged = _staged(ledger, Path(file.path))
         path = staged or Path(file.path)
-        if not path.exists():
+        try:
+            size = path.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
             report.notes.append(f"input '{path}' is gone")
-        elif staged is None and path.stat().st_size != file.size:
-            report.notes.append(f"input '{path}' has changed since the job was started")
+        except OSError as error:
+            report.notes.append(f"input '{path}' cannot be looked at: {error.strerror}")
+        else:
+            if staged is None and size != file.size:
+                report.notes.append(f"input '{path}' has changed since the job was started")
 
 
 def _staged(ledger: Ledger, path: Path) -> Path | None:

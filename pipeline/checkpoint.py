@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,26 @@ def fetch(settings: ModelSettings, local_files_only: bool = False) -> Checkpoint
         local_files_only: take a hub model from this machine's cache, or fail.
 
     Raises:
-        ModelError: it is not there, not whole, or not to be loaded as the settings ask.
+        ModelError: it is not there, not whole, not to be read, or not to be loaded as the settings
+            ask.
     """
+    with _permission_errors(settings):
+        return _fetch(settings, local_files_only)
+
+
+@contextmanager
+def _permission_errors(settings: ModelSettings) -> Iterator[None]:
+    """Names what is closed to us: a file, or a folder above it."""
+    try:
+        yield
+    except PermissionError as error:
+        raise ModelError(
+            f"model {settings.path!r}: '{error.filename}' cannot be read ({error.strerror}): allow "
+            "it and the folders above it to be read, or correct the path in the model block."
+        ) from error
+
+
+def _fetch(settings: ModelSettings, local_files_only: bool) -> Checkpoint:
     folder = Path(settings.path).expanduser()
     is_local = folder.exists()
     if is_local:
@@ -136,7 +155,8 @@ def fetch_once(settings: ModelSettings) -> Checkpoint:
     hub is asked no more.
     """
     adapters = () if settings.adapter is None else settings.adapter.named_paths.values()
-    hub_ids = [path for path in (settings.path, *adapters) if is_hub_id(path)]
+    with _permission_errors(settings):
+        hub_ids = [path for path in (settings.path, *adapters) if is_hub_id(path)]
     if not hub_ids:
         return fetch(settings)
     checkpoint = _cached(settings)

@@ -10,7 +10,7 @@
     ├── ResourceError           69  no cluster, GPU or worker to be had
     │   └── RayFailedError      69  Ray has not started, or has ended; its own logs are kept
     ├── WorkerError             70  workers die or raise for a reason that is not the user's
-    ├── OutputError             73  the output folder cannot be written, or is something else's
+    ├── OutputError             73  the output cannot be written or read, or is something else's
     └── StoppedError            75  stopped early; the same command continues
         └── LockedError         75  another run works in this folder
     RowError                    one row cannot be done; it becomes data, never an exit
@@ -83,7 +83,7 @@ class WorkerError(ShardmillError):
 
 
 class OutputError(ShardmillError):
-    """The run folder cannot be written."""
+    """The run folder cannot be written, or what is in it cannot be read."""
 
     exit_code = 73
 

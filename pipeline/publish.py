@@ -1,4 +1,4 @@
-"""Files that appear whole, once, and survive a power cut. Standard library only.
+"""Files and folders that appear whole, once, and survive a power cut. Standard library only.
 
 Knows nothing of Parquet, shards or jobs. A file is written under a temporary name and gets its
 final name only when all of it is on the disk. Only `replace` writes a final name that exists.
@@ -10,8 +10,9 @@ import ctypes
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from uuid import uuid4
 
@@ -37,6 +38,35 @@ def output_errors(folder: Path) -> Iterator[None]:
             f"output folder '{folder}' cannot be written: {cause}; {_advice(error.errno)}, "
             "then run the same command again"
         ) from error
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to read `path` into an `OutputError`.
+
+    Not if it is not there, nor what a library raises without the system's number for it.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OutputError(
+            f"'{path}' cannot be read: {os.strerror(error.errno)}; check it and its file system, "
+            "then run the same command again"
+        ) from error
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file or folder is there.
+
+    Raises:
+        OutputError: the operating system does not say.
+    """
+    with read_errors(path):
+        return path.exists()
 
 
 def _advice(number: int | None) -> str:
@@ -153,6 +183,32 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def make_folders(folders: Iterable[Path]) -> None:
+    """Make folders, and those above them, that a power cut does not take.
+
+    The names of those that are there are synced too: who made them may have died before that, or a
+    cut may have taken one, which was made again.
+
+    Raises:
+        OSError: the operating system refuses.
+    """
+    paths = [folder.resolve() for folder in folders]  # mkdir refuses a link to what is not there
+    absent = {each for path in paths for each in (path, *path.parents) if not each.exists()}
+    for path in paths:
+        path.mkdir(parents=True, exist_ok=True)
+    changed = {path.parent for path in absent}
+    for parent in dict.fromkeys(parent for path in paths for parent in _parents_on_its_disk(path)):
+        # A folder far above may be closed to us, and then we have made nothing in it.
+        if parent in changed or os.access(parent, os.R_OK):
+            sync_folder(parent)
+
+
+def _parents_on_its_disk(folder: Path) -> Iterator[Path]:
+    """The folders above, nearest first; where another file system begins, nothing was made."""
+    device = folder.stat().st_dev
+    return takewhile(lambda parent: parent.stat().st_dev == device, folder.parents)
 
 
 def write_json(path: Path, value: object) -> None:

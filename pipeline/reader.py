@@ -126,6 +126,7 @@ class ShardReader:
         if cursor is None:
             cursor = _Cursor(shard.path, self._columns, self._stamps.get(shard.path))
         table = cursor.read(shard.first_row, shard.num_rows)
+        cursor.check_unchanged()  # a file may be written to in place while it is open
         # Put back only now, as the newest: a cursor that raised is of no more use.
         self._cursors[shard.path] = cursor
         while len(self._cursors) > _OPEN_FILES:
@@ -142,13 +143,9 @@ class _Cursor:
     """One open file, and the row reached in it."""
 
     def __init__(self, path: str, columns: list[str] | None, stamp: str | None) -> None:
+        self._path, self._stamp = path, stamp
         footer = read_footer(path)
-        if stamp not in (None, file_stamp(path)):
-            raise InputError(
-                f"{path} has changed since the job was planned: put the old file back, or start "
-                "the job again in a new folder."
-            )
-        self._path = path
+        self.check_unchanged()
         self._num_rows: int = footer.metadata.num_rows
         self._starts = _row_group_starts(footer.metadata)
         self._file = self._open(footer.metadata)
@@ -170,6 +167,13 @@ class _Cursor:
         except _ARROW_ERRORS as error:
             raise unreadable(self._path, error) from error
         return table if self._columns is None else table.select(self._columns)
+
+    def check_unchanged(self) -> None:
+        if self._stamp is not None and self._stamp != file_stamp(self._path):
+            raise InputError(
+                f"{self._path} has changed since the job was planned: put the old file back, or "
+                "start the job again in a new folder."
+            )
 
     def close(self) -> None:
         self._batches = self._rest = None

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 
 from pipeline.errors import DamagedOutputError
 from pipeline.folder import RunFolder
+from pipeline.publish import is_there, read_errors
 
 FACTS_KEY = "shardmill"
 """Key of the footer's key-value metadata under which a file explains itself, in JSON."""
@@ -125,21 +126,43 @@ def parse_segment_name(name: str) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
+def names_in_segments(folder: RunFolder) -> list[str]:
+    """What lies among the segments; nothing where the folder is gone.
+
+    Whoever copies a complete run folder may leave out what is empty.
+
+    Raises:
+        OutputError: the folder cannot be read.
+    """
+    try:
+        with read_errors(folder.segments):
+            return os.listdir(folder.segments)
+    except FileNotFoundError:
+        return []
+
+
 def list_segments(folder: RunFolder) -> dict[int, list[int]]:
-    """The commit numbers of each shard, rising; one listing, no file is opened."""
+    """The commit numbers of each shard, rising; one listing, no file is opened.
+
+    Raises:
+        OutputError: the folder cannot be read.
+    """
     commits: dict[int, list[int]] = {}
-    with os.scandir(folder.segments) as entries:
-        for entry in entries:
-            if parsed := parse_segment_name(entry.name):
-                commits.setdefault(parsed[0], []).append(parsed[1])
+    for name in names_in_segments(folder):
+        if parsed := parse_segment_name(name):
+            commits.setdefault(parsed[0], []).append(parsed[1])
     return {shard: sorted(numbers) for shard, numbers in commits.items()}
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn a failure to read `path` into a `DamagedOutputError`, unless the file is not there."""
+    """Turn what makes no sense in `path` into a `DamagedOutputError`; see also `read_errors`.
+
+    A file that the system does not let us read may be whole, and is not to be moved away.
+    """
     try:
-        yield
+        with read_errors(path):
+            yield
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:  # names may not be UTF-8 any more
@@ -155,6 +178,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
     Raises:
         DamagedOutputError: it is torn or not Parquet.
+        OutputError: the operating system refuses.
         FileNotFoundError: it is not there.
     """
     with reading(path):
@@ -207,7 +231,7 @@ def committed_infos(folder: RunFolder, shard: int, fingerprint: str) -> list[Seg
 def count_commits(folder: RunFolder, shard: int) -> int:
     """How many commits of one shard there are now; this is also the next one's number."""
     count = 0
-    while (folder.segments / segment_name(shard, count)).exists():
+    while is_there(folder.segments / segment_name(shard, count)):
         count += 1
     return count
 

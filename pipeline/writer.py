@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedOutputError, JobFileError, SupersededError
 from pipeline.folder import RunFolder
-from pipeline.publish import output_errors, publish, temporary_file
+from pipeline.publish import output_errors, publish, sync_folder, temporary_file
 from pipeline.records import Completion, FinishReason, Shard
 from pipeline.segments import (
     SegmentInfo,
@@ -100,10 +100,12 @@ class Seen:
     Attributes:
         num_commits: those it has read or made: all there were before its next one.
         others: positions that other attempts have committed since it began.
+        num_durable: of the commits, how many no power cut can take any more.
     """
 
     num_commits: int
     others: set[int] = field(default_factory=set)
+    num_durable: int = 0
 
 
 class SegmentWriter:
@@ -156,6 +158,7 @@ class SegmentWriter:
         info = self._info(shard, ordered, seen.num_commits)
         rows = self._rows(shard, table, ordered)
         while not seen.others.intersection(_positions(info)):
+            self._secure(seen)
             try:
                 self._publish(info, rows)
             except SupersededError:
@@ -163,8 +166,19 @@ class SegmentWriter:
                 info = replace(info, commit=seen.num_commits)
             else:
                 seen.num_commits += 1
+                seen.num_durable = seen.num_commits
                 return info
         raise SupersededError(f"shard {shard.index}: another attempt has committed these rows")
+
+    def _secure(self, seen: Seen) -> None:
+        """Makes the names durable that the next commit builds on.
+
+        Who made one of them may have died before, and a power cut must not take it and leave ours.
+        """
+        if seen.num_durable < seen.num_commits:
+            with output_errors(self.folder.root):
+                sync_folder(self.folder.segments)
+            seen.num_durable = seen.num_commits
 
     def _publish(self, info: SegmentInfo, rows: pa.Table) -> None:
         with temporary_file(self.folder.tmp, f"{info.shard:09d}", ".parquet") as temporary:

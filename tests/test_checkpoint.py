@@ -14,10 +14,11 @@ import pytest
 from huggingface_hub import errors
 from safetensors.numpy import load_file, save_file
 
-from pipeline.checkpoint import Checkpoint, fetch
+from pipeline.checkpoint import Checkpoint, fetch, fetch_once
 from pipeline.errors import ModelError
 from pipeline.model_files import digest, small_files, weight_files
 from pipeline.settings import ModelSettings
+from tests.closed import close
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -207,6 +208,20 @@ def test_what_is_wrong_with_a_folder(
     with pytest.raises(ModelError) as caught:
         fetched(folder, **settings)
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("closed", [".", ".."])
+@pytest.mark.parametrize("fetcher", [fetch, fetch_once])
+def test_a_folder_that_is_closed_to_us(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    closed: str,
+    fetcher: Callable[[ModelSettings], object],
+) -> None:
+    """Neither its files nor, if a folder above may not be entered, itself can be looked at."""
+    close(folder if closed == "." else folder.parent, monkeypatch)
+    with pytest.raises(ModelError, match=r"model '.*' cannot be read \(Permission denied\)"):
+        fetcher(ModelSettings(path=str(folder)))
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from jobs.parts import roll_up
+from jobs.ledger import Ledger
+from jobs.manifest import Manifest
+from jobs.parts import PartInfo, finish, read_part, roll_up
 from pipeline.errors import (
     DamagedOutputError,
+    OutputError,
 )
+from pipeline.folder import RunFolder
 from pipeline.segments import Totals, segment_name
+from tests.closed import close
 from tests.run_folders import SmallJob
 
 
@@ -92,3 +100,93 @@ def test_sweep_keeps_what_counts(tmp_path: Path) -> None:
     assert list(job.folder.tmp.iterdir()) == []
     assert [path.name for path in job.folder.segments.iterdir()] == [segment_name(0, 0)]
     assert job.folder.manifest.exists()
+
+
+def test_sweep_beside_a_late_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temporary file may be gone by the time it is to be removed: its writer was alive."""
+    job, unlink = SmallJob(tmp_path), os.unlink
+    (job.folder.tmp / "000000001.abc.parquet").write_text("torn")
+
+    def second(path: Path, **more: object) -> None:
+        with suppress(FileNotFoundError):
+            unlink(path)
+        unlink(path, **more)
+
+    monkeypatch.setattr(os, "unlink", second)
+    job.ledger.sweep()
+    assert list(job.folder.tmp.iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", ["torn", "foreign"])
+@pytest.mark.parametrize("is_noted", [True, False])
+def test_sweep_keeps_what_a_bad_part_was_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, is_noted: bool
+) -> None:
+    """A file of a part's name is no part: the rows are still there when it is moved away."""
+    job = SmallJob(tmp_path)
+    job.commit_all()
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.parts.remove_segments", lambda *_: None)
+        info = roll_up(job.folder, job.manifest, 0)
+    if is_noted:
+        job.ledger.note(info)
+    segments, part = sorted(job.folder.segments.iterdir()), job.path / "part-00000.parquet"
+    if fault == "torn":
+        part.write_bytes(part.read_bytes()[:-1])
+    else:
+        shutil.copy(job.manifest.files[0].path, part)
+    with pytest.raises(DamagedOutputError, match=r"part-00000\.parquet.*move it away"):
+        job.ledger.sweep()
+    assert sorted(job.folder.segments.iterdir()) == segments
+    part.unlink()
+    job.finish()
+    assert job.output() == job.expected()
+
+
+@pytest.mark.parametrize(("noted", "opened"), [((), [0]), ((0,), [])])
+def test_sweep_opens_few_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: tuple[int, ...], opened: list[int]
+) -> None:
+    """Only those that have segments left and are not known, however many parts there are."""
+    job, found = SmallJob(tmp_path), list[int]()
+    job.finish()
+    for part in noted:
+        job.ledger.note(read_part(job.folder, job.manifest, part))
+    job.commit(0)
+
+    def recorded(folder: RunFolder, manifest: Manifest, part: int) -> PartInfo:
+        found.append(part)
+        return read_part(folder, manifest, part)
+
+    monkeypatch.setattr("jobs.ledger.read_part", recorded)
+    job.ledger.sweep()
+    assert found == opened
+    assert list(job.folder.segments.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda job: job.ledger.is_complete,
+        lambda job: job.ledger.scan(),
+        lambda job: job.infos(0),
+        lambda job: finish(job.folder, job.manifest),
+    ],
+)
+def test_a_name_that_cannot_be_looked_up_is_no_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[[SmallJob], object]
+) -> None:
+    """A file system that fails, or is gone, gets a sentence wherever it is noticed first."""
+    job = SmallJob(tmp_path)
+    job.commit(0)
+    close(job.path, monkeypatch)
+    with pytest.raises(OutputError, match="cannot be read: Permission denied"):
+        look(job)
+
+
+def test_a_closed_folder_is_no_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else's run in a folder that may not be entered gets a sentence."""
+    job = SmallJob(tmp_path)
+    close(tmp_path, monkeypatch)
+    with pytest.raises(OutputError, match=r"manifest\.json' cannot be read: Permission denied"):
+        Ledger.open(job.path)

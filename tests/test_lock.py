@@ -9,8 +9,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -168,17 +170,51 @@ def test_heartbeat_is_refreshed(folder: Path) -> None:
     assert replace(now, heartbeat=first.heartbeat) == first
 
 
-def test_file_system_without_locks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lustre without `-o flock` still keeps two runs apart, by the heartbeat alone."""
+@pytest.fixture
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system knows no locks, as Lustre without `-o flock`."""
 
     def unsupported(*_args: object) -> None:
         raise OSError(errno.ENOSYS, "")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr("jobs.lock.SETTLE_SECONDS", 0.5)
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_file_system_without_locks(folder: Path) -> None:
+    """Two runs are still kept apart, by the heartbeat alone."""
     with RunLock(folder), pytest.raises(LockedError, match=str(os.getpid())), RunLock(folder):
         pass
     with RunLock(folder):
         pass
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_runs_that_start_at_once_without_locks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has found the folder free before another one wrote its record: one enters."""
+    num_runs = 3
+    have_read, have_tried = threading.Barrier(num_runs), threading.Barrier(num_runs)
+    check = RunLock._check_record
+
+    def check_together(lock: RunLock, kernel_knows: bool) -> None:
+        check(lock, kernel_knows)
+        have_read.wait(20)
+
+    def enters(_: int) -> bool:
+        try:
+            with RunLock(folder):
+                have_tried.wait(20)
+                return True
+        except LockedError:
+            have_tried.wait(20)
+            return False
+
+    monkeypatch.setattr(RunLock, "_check_record", check_together)
+    with ThreadPoolExecutor(num_runs) as pool:
+        assert sorted(pool.map(enters, range(num_runs))) == [False, False, True]
 
 
 @pytest.mark.parametrize("made_anew", [True, False])

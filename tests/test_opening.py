@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +165,23 @@ def test_check_asks_for_write_permission(
     monkeypatch.setattr(os, "access", lambda path, _: path != locked)
     with pytest.raises(OutputError, match=r"Permission denied.*writable"):
         check_output(tmp_path / "run")
+
+
+def test_a_folder_above_that_may_not_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Home folders often lie in one that users may pass through and not read."""
+    run, is_open, open_ = tmp_path / "home" / "run", os.access, os.open
+    run.mkdir(parents=True)
+
+    def forbidden(path: Path, *args: int, **more: int) -> int:
+        if path == run.parent:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open_(path, *args, **more)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run.parent and is_open(path, mode))
+    monkeypatch.setattr(os, "open", forbidden)
+    assert prepare(run).segments.is_dir()
 
 
 def test_check_makes_nothing(tmp_path: Path) -> None:

@@ -181,6 +181,18 @@ def test_changed_file_is_named(tmp_path: Path) -> None:
         ShardReader(None, stamps).read(_shard(path, 0, 1))
 
 
+def test_file_written_to_while_it_is_open(tmp_path: Path) -> None:
+    """Shards of one file are not read from two versions of it, though it stays the same file."""
+    path = _write(tmp_path / "in.parquet", TABLE, [100])
+    other = Path(_write(tmp_path / "other.parquet", TABLE.slice(1), [100])).read_bytes()
+    reader = ShardReader(["id"], {path: file_stamp(path)})
+    reader.read(_shard(path, 0, 100))
+    with open(path, "r+b") as file:
+        file.write(other)
+    with pytest.raises(InputError, match=r"in\.parquet has changed since the job was planned"):
+        reader.read(_shard(path, 100, 1))
+
+
 def test_shorter_file_and_lost_column_are_named(tmp_path: Path) -> None:
     """Without a stamp, what the plan relies on is still checked."""
     path = _write(tmp_path / "in.parquet", TABLE, [100])

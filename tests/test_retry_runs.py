@@ -186,6 +186,28 @@ def test_nothing_to_retry_is_success(tmp_path: Path, llama_folder: Path) -> None
     assert _files(out) == before
 
 
+def test_nothing_to_retry_in_a_copy_without_its_empty_folders(
+    tmp_path: Path, llama_folder: Path
+) -> None:
+    """Object stores, git and the hub keep no empty folders; they are made again."""
+    out = make_finished(write_job(tmp_path, llama_folder, questions(40)), is_good=True)
+    for name in ("segments", "tmp", "logs", "input"):
+        (out / ".shardmill" / name).rmdir()
+    assert _retry(out).number is None
+
+
+def test_a_retry_that_lost_its_folders_goes_on(folder: Path) -> None:
+    """It died before its result, and a power cut, or a copy, left out what was empty."""
+    base = Ledger.open(folder)
+    do_retry(base, make_retry(max_new_tokens=12))
+    own = retry_folder(base.folder, 1)
+    (own.root / "result.json").unlink()
+    for name in ("segments", "tmp", "logs"):
+        (own.internal / name).rmdir()
+    assert _retry(folder).number == 1
+    assert [record.result is not None for record in read_retries(base.folder)] == [True]
+
+
 @pytest.mark.parametrize("only", ["stop", "error,stop", "", "error;length"])
 def test_only_what_can_change_is_retried(folder: Path, only: str) -> None:
     """Wrong usage exits with 2."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import DamagedOutputError
+from pipeline.errors import DamagedOutputError, OutputError
 from pipeline.segments import (
     SegmentInfo,
     Totals,
@@ -168,3 +170,36 @@ def test_absent_segment_is_not_damaged(tmp_path: Path) -> None:
     """A reader beside a running driver can tell a segment that was rolled up from a torn one."""
     with pytest.raises(FileNotFoundError):
         read_info(tmp_path / segment_name(0, 0), "f1")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_what_cannot_be_read_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A whole file that the system does not give is not to be moved away; the cause is told."""
+    job = SmallJob(tmp_path)
+    info = job.commit(0)
+
+    def refused(*_args: object, **_more: object) -> None:
+        raise OSError(number, f"Failed to open local file. Detail: [errno {number}]")
+
+    monkeypatch.setattr(pq, "ParquetFile", refused)
+    for read in (lambda: job.infos(0), lambda: read_rows(job.folder, [info])):
+        with pytest.raises(OutputError, match=f"cannot be read: {os.strerror(number)};") as caught:
+            read()
+        assert "move it away" not in str(caught.value)
+
+
+def test_the_cause_comes_from_the_system(tmp_path: Path) -> None:
+    """What pyarrow says of a file that cannot be opened has the system's number in it."""
+    path = tmp_path / segment_name(0, 0)
+    path.symlink_to(path)
+    with pytest.raises(OutputError, match=f"{path.name}' cannot be read: Too many levels"):
+        read_info(path, "f1")
+
+
+def test_lost_folder_has_no_segments(tmp_path: Path) -> None:
+    """A copy of a complete run may lack the empty folder."""
+    job = SmallJob(tmp_path)
+    job.folder.segments.rmdir()
+    assert list_segments(job.folder) == {}

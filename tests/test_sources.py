@@ -7,6 +7,7 @@ import pytest
 
 from jobs.sources import find_sources
 from pipeline.errors import InputError
+from tests.closed import close
 
 
 def _touch(folder: Path, *names: str) -> None:
@@ -107,3 +108,14 @@ def test_unreadable_folder_is_refused(tmp_path: Path) -> None:
             find_sources(["d"], tmp_path)
     finally:
         (tmp_path / "d/closed").chmod(0o700)
+
+
+@pytest.mark.parametrize("entry", ["closed/d/a.parquet", "closed/d", "closed/*.parquet"])
+def test_path_below_a_closed_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str
+) -> None:
+    """What may not be looked at is told apart from what is not there."""
+    _touch(tmp_path, "closed/d/a.parquet")
+    close(tmp_path / "closed", monkeypatch)
+    with pytest.raises(InputError, match=r"closed/.*' cannot be read \(Permission denied\)"):
+        find_sources([entry], tmp_path)

@@ -48,6 +48,15 @@ def test_status_is_complete_with_all_files_only(tmp_path: Path, gone: str) -> No
     assert read_status(job.path).is_complete
 
 
+def test_status_of_a_copy_without_its_empty_folders(tmp_path: Path) -> None:
+    """Object stores, git and the hub keep no empty folders; what is there is complete."""
+    job = SmallJob(tmp_path)
+    job.finish()
+    for folder in (job.folder.segments, job.folder.tmp):
+        folder.rmdir()
+    assert read_status(job.path).is_complete
+
+
 def test_status_beside_a_roll_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments that go into a part while status reads them are counted once."""
     job = SmallJob(tmp_path)

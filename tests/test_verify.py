@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import pytest
 from jobs.lock import RunLock
 from jobs.parts import roll_up
 from jobs.verify import verify
-from pipeline.errors import DamagedOutputError, InputError, LockedError
+from pipeline.errors import DamagedOutputError, InputError, LockedError, OutputError
 from pipeline.segments import Totals, facts_of, segment_name, write_parquet
+from tests.closed import close
 from tests.run_folders import SmallJob, flip_byte, make_manifest, make_noise
 
 
@@ -155,6 +157,30 @@ def test_wrong_files_are_named(job: SmallJob, tmp_path: Path, fault: str) -> Non
     assert report.totals.num_completions == 22 - 8
 
 
+def test_a_part_that_cannot_be_read_is_no_finding(
+    job: SmallJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no proof then, neither that the folder is whole nor that it is damaged."""
+    real = pq.ParquetFile
+
+    def refused(path: Path, **more: object) -> pq.ParquetFile:
+        if path.name == "part-00001.parquet":
+            raise OSError(errno.EIO, "Error reading bytes from file")
+        return real(path, **more)
+
+    monkeypatch.setattr(pq, "ParquetFile", refused)
+    with pytest.raises(OutputError, match=r"part-00001\.parquet' cannot be read: Input/output"):
+        verify(job.path)
+
+
+def test_a_copy_without_its_empty_folders(job: SmallJob) -> None:
+    """Object stores, git and the hub keep no empty folders; the proof needs none."""
+    for folder in (job.folder.segments, job.folder.tmp):
+        folder.rmdir()
+    report = verify(job.path)
+    assert (report.state, report.notes) == ("complete", [])
+
+
 def test_strangers(job: SmallJob) -> None:
     """A Parquet file that readers would take in is damage; another file is only worth a note."""
     (job.path / "more").mkdir()
@@ -211,6 +237,14 @@ def test_inputs_that_are_gone_or_changed(job: SmallJob) -> None:
         "is gone",
         "has changed since the job was started",
     ]
+
+
+def test_inputs_that_are_closed_to_us(job: SmallJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever verifies need not be allowed to see the input."""
+    close(Path(job.manifest.files[0].path).parent, monkeypatch)
+    report = verify(job.path)
+    assert report.state == "complete"
+    assert ["cannot be looked at: Permission denied" in note for note in report.notes] == [True] * 3
 
 
 @pytest.fixture

@@ -61,6 +61,10 @@ class Disk:
         """Raises `PowerCut` in place of a later call; None is never."""
         self._calls_left = num_calls
 
+    def go_on(self) -> None:
+        """Only the process is gone that made the calls; what it did is there for the others."""
+        self._is_off, self._calls_left = False, None
+
     def settle(self) -> None:
         """Makes all that is there safe, as after a start of the machine."""
         self._names: dict[Path, dict[str, list[int]]] = {}
@@ -80,7 +84,7 @@ class Disk:
         self._restore(tree)
         shutil.rmtree(self._graveyard)
         self._graveyard.mkdir()
-        self._is_off, self._calls_left = False, None
+        self.go_on()
         self.settle()
 
     def _watched(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:

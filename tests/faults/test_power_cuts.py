@@ -16,12 +16,15 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from jobs.opening import prepare
 from jobs.parts import finish, roll_up
+from jobs.retries import prepare_retry
 from jobs.verify import verify
 from pipeline.errors import SupersededError
-from pipeline.segments import missing_positions
+from pipeline.segments import committed_infos, missing_positions
 from pipeline.writer import Seen
 from tests.faults.power_cuts import Disk, PowerCut
+from tests.retried import commit, make_retry, open_retry
 from tests.run_folders import SmallJob, make_manifest
 
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -78,29 +81,46 @@ class PowerCuts(RuleBasedStateMachine):
     def start_attempt(self, number: int) -> None:
         pending = list(self.state.pending())
         if pending:
-            shard = pending[number % len(pending)]
-            infos = self.job.infos(shard)
-            total = self.job.manifest.shard_completions(shard)
-            self.attempts.append((shard, Seen(len(infos)), missing_positions(infos, total)))
+            self.attempts.append(self._new_attempt(pending[number % len(pending)]))
 
     @precondition(lambda self: self.attempts)
     @rule(data=st.data(), lives=st.none() | st.integers(0, 8))
     def publish(self, data: st.DataObject, lives: int | None) -> None:
         """Commits some of what an attempt set out to do."""
-        index = data.draw(st.integers(0, len(self.attempts) - 1))
-        shard, seen, wanted = self.attempts.pop(index)
-        if wanted:
-            done = data.draw(st.sets(st.sampled_from(wanted), min_size=1))
-            self._publish(data, lives, (shard, seen, wanted), done)
+        attempt = self.attempts.pop(data.draw(st.integers(0, len(self.attempts) - 1)))
+        if done := _some(data, attempt):
+            self._publish(data, lives, attempt, done)
+
+    @precondition(lambda self: self.attempts)
+    @rule(
+        data=st.data(), lives=st.sampled_from((2, 3)), lives_of_next=st.none() | st.integers(0, 4)
+    )
+    def kill(self, data: st.DataObject, lives: int, lives_of_next: int | None) -> None:
+        """An attempt's process dies right after its link; another goes on with what it left."""
+        attempt = self.attempts.pop()
+        shard, seen, _ = attempt
+        if done := _some(data, attempt):
+            with suppress(SupersededError):
+                self._try(lives, lambda: self.job.commit(shard, done, seen))
+            self.disk.go_on()
+        if not self.job.ledger.is_rolled_up(shard):
+            attempt = self._new_attempt(shard)
+            if done := _some(data, attempt):
+                self._publish(data, lives_of_next, attempt, done)
+
+    def _new_attempt(self, shard: int) -> Attempt:
+        infos = self.job.infos(shard)
+        total = self.job.manifest.shard_completions(shard)
+        return shard, Seen(len(infos)), missing_positions(infos, total)
 
     @rule(data=st.data(), lives=st.none() | st.integers(0, 40))
     def complete(self, data: st.DataObject, lives: int | None) -> None:
         """Commits all that is missing of every other shard, or of all."""
         for shard in list(self.state.pending())[:: data.draw(st.integers(1, 2))]:
-            infos = self.job.infos(shard)
-            missing = missing_positions(infos, self.job.manifest.shard_completions(shard))
-            if missing:
-                self._publish(data, lives, (shard, Seen(len(infos)), missing), set(missing))
+            attempt = self._new_attempt(shard)
+            self.state.add(self.job.infos(shard))
+            if missing := set(attempt[2]):
+                self._publish(data, lives, attempt, missing)
 
     def _publish(
         self, data: st.DataObject, lives: int | None, attempt: Attempt, done: set[int]
@@ -163,7 +183,7 @@ class PowerCuts(RuleBasedStateMachine):
             job.ledger.sweep()
             return job
 
-        lives = data.draw(st.none() | st.integers(0, 15), label="lives of the new driver")
+        lives = data.draw(st.none() | st.integers(0, 20), label="lives of the new driver")
         while (job := self._try(lives, start)) is None:
             self._lose_power(data)
             lives = None
@@ -204,6 +224,74 @@ def test_a_folder_that_was_lost_alone_is_made_safe_again(tmp_path: Path) -> None
         SmallJob(scratch).commit(0)
     disk.restart(lambda values: values[0])
     assert [info.commit for info in SmallJob(scratch).infos(0)] == [0]
+
+
+def _some(data: st.DataObject, attempt: Attempt) -> set[int]:
+    """Some of what an attempt set out to do; nothing if that is nothing."""
+    wanted = attempt[2]
+    return data.draw(st.sets(st.sampled_from(wanted), min_size=1)) if wanted else set()
+
+
+@pytest.mark.parametrize("lives", range(14))
+def test_folders_that_a_killed_process_made_are_made_safe(tmp_path: Path, lives: int) -> None:
+    """Whoever dies between making folders and syncing their names leaves it to the next one."""
+    scratch, disk = _make_disk(tmp_path)
+    with disk.plugged_in():
+        disk.cut_power_after(lives)
+        with suppress(PowerCut):
+            prepare(scratch / "a" / "b" / "run")
+        disk.go_on()
+        prepared = prepare(scratch / "a" / "b" / "run")
+    disk.restart(lambda values: values[0])
+    assert prepared.segments.is_dir()
+    assert prepared.tmp.is_dir()
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_what_a_retry_has_committed_is_safe(tmp_path: Path, is_lost: bool) -> None:
+    """In its new folders, or in those that are made again after a cut that took them alone."""
+    scratch, disk = _make_disk(tmp_path)
+    job = SmallJob(scratch)
+    job.finish()
+    if is_lost:
+        own = open_retry(job.ledger, make_retry()).folder
+        own.segments.rmdir()
+        own.tmp.rmdir()
+    disk.settle()
+    with disk.plugged_in():
+        ledger = open_retry(job.ledger, make_retry())
+        prepare_retry(job.folder, 1)
+        info = commit(ledger, ledger.manifest.shard(2))
+    disk.restart(lambda values: values[0])
+    assert committed_infos(ledger.folder, 2, ledger.manifest.fingerprint) == [info]
+
+
+def test_a_commit_builds_on_none_that_may_be_lost(tmp_path: Path) -> None:
+    """A worker dies between a commit's name and its sync, another goes on, and the power fails."""
+    scratch, disk = _make_disk(tmp_path)
+    job = SmallJob(scratch)
+    disk.settle()
+    with disk.plugged_in(), suppress(PowerCut):
+        disk.cut_power_after(2)  # the file's sync, its link
+        job.commit(0, [0])
+    disk.go_on()
+    with disk.plugged_in(), suppress(PowerCut):
+        disk.cut_power_after(3)
+        job.commit(0, [1])
+    kept = iter([0])  # of the names that may be lost the first is, and no other
+    disk.restart(lambda values: values[next(kept, -1)])
+    job = SmallJob(scratch)
+    assert [info.commit for info in job.infos(0)] == [0]
+    job.finish()
+    assert job.output() == job.expected()
+
+
+def _make_disk(folder: Path) -> tuple[Path, Disk]:
+    """A folder, and the disk that it is on."""
+    scratch, graveyard = folder / "scratch", folder / "graveyard"
+    for path in (scratch, graveyard):
+        path.mkdir()
+    return scratch, Disk(scratch, graveyard)
 
 
 TestPowerCuts = PowerCuts.TestCase
