@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import ray
@@ -97,7 +98,8 @@ class Crew:
     @property
     def interim(self) -> Totals:
         """What is committed of shards that workers hold."""
-        return sum((member.interim for member in self._members), Totals())
+        told = (member.progress.interim.values() for member in self._members)
+        return sum(chain.from_iterable(told), Totals())
 
     @property
     def num_generated_tokens(self) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 from pipeline.metrics import EngineMetrics
 from pipeline.outcome import Progress, WorkerInfo
 from pipeline.records import Shard
-from pipeline.segments import Totals
 
 RESTART_DELAY = 1.0
 MAX_RESTART_DELAY = 60.0
@@ -66,11 +65,6 @@ class Member:
         metrics = self.progress.metrics
         is_known = metrics.num_generated_tokens and metrics.decode_seconds
         return metrics.num_generated_tokens / metrics.decode_seconds if is_known else None
-
-    @property
-    def interim(self) -> Totals:
-        """What it has committed of what it holds, as far as it has told."""
-        return sum(self.progress.interim.values(), Totals())
 
     def take_progress(self, progress: Progress) -> None:
         """Takes what the actor says of how far it is."""

@@ -5,6 +5,7 @@ Looks at names only; opens nothing.
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 from collections.abc import Iterator, Sequence
@@ -81,6 +82,7 @@ def _expand(entry: str, base: Path) -> list[Path]:
     if path.is_dir():
         found = list(_files_below(path))
     elif glob.has_magic(entry):
+        _check_open(path)
         found = [
             path for match in glob.glob(str(path), recursive=True) for path in _of_match(match)
         ]
@@ -101,6 +103,18 @@ def _with_known_suffix(path: Path) -> Path:
             "is, or convert it."
         )
     return path
+
+
+def _check_open(pattern: Path) -> None:
+    """Refuses a glob that would look into closed folders: it passes over them without a word."""
+    for part, above in zip((pattern, *pattern.parents), pattern.parents, strict=False):
+        if not glob.has_magic(str(part)):
+            return
+        needed = os.X_OK | (os.R_OK if glob.has_magic(part.name) else 0)
+        for folder in filter(os.path.isdir, glob.glob(str(above), recursive=True)):
+            if not os.access(folder, needed):
+                reason = os.strerror(errno.EACCES)
+                _raise_unreadable(PermissionError(errno.EACCES, reason, folder))
 
 
 def _of_match(match: str) -> Iterator[Path]:

@@ -119,3 +119,17 @@ def test_path_below_a_closed_folder_is_refused(
     close(tmp_path / "closed", monkeypatch)
     with pytest.raises(InputError, match=r"closed/.*' cannot be read \(Permission denied\)"):
         find_sources([entry], tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["d/*/x.parquet", "d/**/x.parquet", "d/b/*.parquet"])
+def test_a_glob_does_not_pass_over_a_closed_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    """Its rows would be missing, and nothing would say so. What does not match may be closed."""
+    _touch(tmp_path, "d/a/x.parquet", "d/b/x.parquet", "e/x.parquet")
+    closed = [tmp_path / "e"]
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in closed)
+    assert _names(tmp_path, pattern)
+    closed.append(tmp_path / "d/b")
+    with pytest.raises(InputError, match=r"d/b/?' cannot be read \(Permission denied\)"):
+        _names(tmp_path, pattern)
