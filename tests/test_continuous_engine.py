@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config
 
-from pipeline import continuous_engine, room
+from pipeline import batch, continuous_engine, room
 from pipeline.continuous_engine import ContinuousEngine
 from pipeline.forward import Forward
 from pipeline.model import Model
@@ -218,6 +218,27 @@ def test_a_shared_prefix_is_worked_through_once(model: Model) -> None:
     more = [request(100 + row, prefix + random_prompt(chance, 4), 6) for row in range(3)]
     assert texts(answers(engine, more)) == [spell(alone(model, one)) for one in more]
     assert engine.metrics.num_saved_tokens == 12 * 49 + 3 * 49
+
+
+def test_what_a_row_has_seen_is_marked_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A penalty would else cost a look at every token of every row whenever one comes or goes."""
+    mark, num_marked = batch.marked, 0
+
+    def counting(rows: Sequence[Sequence[int]], *args: Any) -> torch.Tensor:
+        nonlocal num_marked
+        num_marked += len(rows)
+        return mark(rows, *args)
+
+    monkeypatch.setattr(batch, "marked", counting)
+    chance = random.Random(0)
+    requests = [
+        request(row, random_prompt(chance, 6), 2 + row % 9, repetition_penalty=1.5)
+        for row in range(24)
+    ]
+    completions = answers(ContinuousEngine(model, num_slots=6), requests)
+    assert num_marked <= 2 * 24, "for the first token, and for all others"
+    expected = reference(model, requests[:4])
+    assert texts(completions[:4]) == texts(expected)
 
 
 def test_a_long_prefix_makes_groups_small(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

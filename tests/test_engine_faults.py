@@ -318,7 +318,7 @@ def test_a_row_alone_is_tried_with_what_it_needs(
     allocate = SlotLayer._allocate
 
     def limited(self: SlotLayer, *states: Any) -> None:
-        if self._num_slots * self._capacity > 300:
+        if self._num_slots * self._capacity > 200:  # it needs 133, and would get twice as many
             raise MemoryError
         allocate(self, *states)
 
