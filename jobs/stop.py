@@ -41,7 +41,7 @@ class StopRequest:
         """Why to stop, or None to go on."""
         if self._signal is not None:
             return f"got {self._signal}"
-        if self._stop_file is not None and self._stop_file.exists():
+        if self._stop_file is not None and os.path.exists(self._stop_file):
             return f"the stop file {self._stop_file} is there"
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return f"the wall time of {self._max_walltime:.0f} s is over"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from pipeline.forward import Forward
 from pipeline.memory_limit import MemoryLimit
 from pipeline.model import Model
 from pipeline.prefill import Prefiller
+from pipeline.records import Request
 from pipeline.room import num_columns
 from pipeline.slot_layer import SlotLayer
 from pipeline.slots import SlotCache
@@ -57,19 +59,31 @@ def stepping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return chosen
 
 
-def poisoned(token: int) -> Model:
+@cache
+def poisoned(token: int | None) -> Model:
     """A Llama that gives nothing but NaN to a row with this token."""
     network = bare_llama(tie_word_embeddings=False)
-    with torch.no_grad():
-        network.model.get_input_embeddings().weight[token] = torch.nan
+    if token is not None:
+        with torch.no_grad():
+            network.model.get_input_embeddings().weight[token] = torch.nan
     return network
+
+
+@cache
+def alone_at(token: int | None, one: Request) -> list[int]:
+    """What that model answers; asked again for every way of stepping."""
+    return alone(poisoned(token), one)
+
+
+def healthy(one: Request) -> list[int]:
+    """The same of the model without poison."""
+    return alone_at(None, one)
 
 
 def test_a_row_of_nan_costs_one_row() -> None:
     """In a prompt or in flight; rows beside it, and those that get its slot, are unharmed."""
-    healthy = bare_llama(tie_word_embeddings=False)
     requests = varied(12)
-    counts = [set(alone(healthy, one)) | set(one.prompt_ids) for one in requests]
+    counts = [set(healthy(one)) | set(one.prompt_ids) for one in requests]
     # A token that some rows never meet, some find in their prompt, and some generate.
     token = max(
         range(3, NUM_TOKENS),
@@ -103,7 +117,7 @@ def test_nothing_of_nan_is_left_in_a_slot(
         one
         for row in range(99)
         if token not in (one := request(0, random_prompt(random.Random(row), 3), 90)).prompt_ids
-        and len(alone(model, one)) > 40
+        and len(alone_at(token, one)) > 40
     )
     late = request(2, prompt, 8)
     expected = texts(reference(model, [long, late]))
@@ -126,17 +140,16 @@ def test_nothing_of_nan_is_left_in_a_slot(
 def test_nothing_of_nan_is_left_by_a_row_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last token may be computed once more, for nothing, and what comes of that be NaN."""
     monkeypatch.setattr(room, "COLUMN_STEP", 64)
-    healthy = bare_llama(tie_word_embeddings=False)
     late = request(2, [7, 8, 9], 8)
     ending, long, token = next(
-        (ending, long, alone(healthy, ending)[3])
+        (ending, long, healthy(ending)[3])
         for row in range(99)
         for ending in [request(1, [5 + row % 90, 6, 7], 4)]
         for long in [request(0, random_prompt(random.Random(row), 3), 60)]
-        if len(alone(healthy, ending)) == 4
-        and len(alone(healthy, long)) > 40
-        and alone(healthy, ending)[3]
-        not in {*alone(healthy, ending)[:3], *alone(healthy, long), *alone(healthy, late)}
+        if len(healthy(ending)) == 4
+        and len(healthy(long)) > 40
+        and healthy(ending)[3]
+        not in {*healthy(ending)[:3], *healthy(long), *healthy(late)}
         | {*ending.prompt_ids, *long.prompt_ids, *late.prompt_ids}
     )
     engine = ContinuousEngine(poisoned(token), num_slots=2)
@@ -146,7 +159,7 @@ def test_nothing_of_nan_is_left_by_a_row_that_has_ended(monkeypatch: pytest.Monk
     engine.add([late])
     completions += drain(engine)
     assert [one.error for one in completions] == [None] * 3
-    expected = [spell(alone(healthy, one)) for one in (long, ending, late)]
+    expected = [spell(healthy(one)) for one in (long, ending, late)]
     assert texts(sorted(completions, key=lambda one: one.id)) == expected
 
 
