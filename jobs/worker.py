@@ -164,13 +164,7 @@ class Worker:
             reader=ShardReader(columns, spec.input_stamps),
             renderer=renderer,
             choice=choice,
-            writer=SegmentWriter(
-                spec.run_folder,
-                fingerprint=spec.fingerprint,
-                schema=spec.output_schema,
-                num_samples=spec.num_samples,
-                worker=f"worker-{self._index}",
-            ),
+            writer=self._writer(),
             sampling=spec.sampling,
             seed=spec.seed,
             num_samples=spec.num_samples,
@@ -183,6 +177,15 @@ class Worker:
             notes=(*lack, *model.notes),
             self_check=None if check is None else check.figures(),
             load_seconds=model.load_seconds,
+        )
+
+    def _writer(self) -> SegmentWriter:
+        return SegmentWriter(
+            self._spec.run_folder,
+            fingerprint=self._spec.fingerprint,
+            schema=self._spec.output_schema,
+            num_samples=self._spec.num_samples,
+            worker=f"worker-{self._index}",
         )
 
     def run(self, shard: Shard, rows: RowRange | None = None) -> ShardOutcome:

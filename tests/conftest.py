@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+from tests.fake_machine import Machine
 
 if TYPE_CHECKING:
     from pipeline.model import Model
@@ -49,3 +52,13 @@ def gpt2(gpt2_folder: Path) -> Model:
     from tests.models import load
 
     return load(gpt2_folder)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    """A machine without any Python yet; what was started there and still runs is killed."""
+    machine = Machine(tmp_path)
+    yield machine
+    for process in machine.started:
+        if process.returncode is None:
+            machine.kill(process)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,13 +15,10 @@ import pytest
 
 from pipeline import shard_runner
 from pipeline.engine_thread import Collector, EngineThread
-from pipeline.metrics import EngineMetrics
 from pipeline.outcome import Released
 from pipeline.prompts import PromptRenderer
 from pipeline.reader import ShardReader
 from pipeline.records import (
-    Completion,
-    FinishReason,
     Request,
     RequestId,
     RowRange,
@@ -35,49 +30,8 @@ from pipeline.settings import PromptSettings
 from pipeline.shard_runner import ShardRunner
 from pipeline.writer import SegmentWriter
 from tests.run_folders import SmallJob
+from tests.stepped_engine import SteppedEngine
 from tests.word_tokenizer import WordTokenizer
-
-
-class SteppedEngine:
-    """Finishes the oldest request whenever the test allows one more step."""
-
-    def __init__(self) -> None:
-        self.metrics = EngineMetrics()
-        self.requests: deque[Request] = deque()
-        self._allowed = threading.Semaphore(0)
-        self.failure: Exception | None = None
-        self.has_begun = False  # with all that it has
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self.requests)
-
-    @property
-    def num_running(self) -> int:
-        return 0
-
-    def add(self, requests: Sequence[Request]) -> None:
-        self.requests.extend(requests)
-
-    def unstarted(self) -> list[RequestId]:
-        return [] if self.has_begun else [request.id for request in self.requests]
-
-    def withdraw(self, ids: AbstractSet[RequestId]) -> list[RequestId]:
-        withdrawn = [identity for identity in self.unstarted() if identity in ids]
-        self.requests = deque(each for each in self.requests if each.id not in withdrawn)
-        return withdrawn
-
-    def step(self) -> list[Completion]:
-        if not self.requests or not self._allowed.acquire(timeout=0.01):
-            return []
-        if self.failure is not None:
-            raise self.failure
-        request = self.requests.popleft()
-        self.metrics = self.metrics.after_decode(num_slots=1, num_live=1, seconds=0.0)
-        return [Completion(request.id, f"answer {request.id.row}", FinishReason.STOP, None, 3, 1)]
-
-    def allow(self, steps: int) -> None:
-        self._allowed.release(steps)
 
 
 class Bench:
@@ -252,15 +206,20 @@ def test_what_is_released_is_done_by_another(tmp_path: Path) -> None:
         assert sorted(info.commit for info in commits) == list(range(1, len(commits) + 1))
 
 
+def _overtake(bench: Bench) -> None:
+    """Runs an attempt that ends because another one has committed the first row."""
+    attempt = bench.start(bench.runner, bench.shard)
+    _eventually(lambda: len(bench.engine.requests) == 6)
+    bench.job.commit(0, [0])
+    bench.engine.allow(1)
+    assert not attempt.result(timeout=20).is_complete
+
+
 @pytest.mark.usefixtures("often")
 def test_what_a_dropped_attempt_left_is_not_released(tmp_path: Path) -> None:
     """Nobody lacks it, so nobody is to do it."""
     with _bench(tmp_path) as bench:
-        attempt = bench.start(bench.runner, bench.shard)
-        _eventually(lambda: len(bench.engine.requests) == 6)
-        bench.job.commit(0, [0])
-        bench.engine.allow(1)
-        assert not attempt.result(timeout=20).is_complete
+        _overtake(bench)
         assert bench.runner.release(1.0) is None
         assert not bench.engine.requests
         again = bench.start(bench.runner, bench.shard)
@@ -272,11 +231,7 @@ def test_what_a_dropped_attempt_left_is_not_released(tmp_path: Path) -> None:
 def test_what_an_attempt_left_is_not_begun(tmp_path: Path) -> None:
     """Its rows are another's by now, and would only keep slots from those that are wanted."""
     with _bench(tmp_path) as bench:
-        attempt = bench.start(bench.runner, bench.shard)
-        _eventually(lambda: len(bench.engine.requests) == 6)
-        bench.job.commit(0, [0])
-        bench.engine.allow(1)
-        assert not attempt.result(timeout=20).is_complete
+        _overtake(bench)
         _eventually(lambda: not bench.engine.requests)
 
 
@@ -285,11 +240,7 @@ def test_a_row_that_is_there_twice_is_released_once(tmp_path: Path) -> None:
     """Put back by the engine for want of memory, for a dropped attempt and for the next one."""
     with _bench(tmp_path) as bench:
         bench.engine.has_begun = True
-        attempt = bench.start(bench.runner, bench.shard)
-        _eventually(lambda: len(bench.engine.requests) == 6)
-        bench.job.commit(0, [0])
-        bench.engine.allow(1)
-        assert not attempt.result(timeout=20).is_complete
+        _overtake(bench)
         again = bench.start(bench.runner, bench.shard)
         _eventually(lambda: len(bench.engine.requests) == 10)
         bench.engine.has_begun = False
