@@ -53,6 +53,8 @@ class Campaign:
         arguments: of `shardmill`.
         folder: for what the runs say on standard error.
         scratch: a folder for Ray; its path must be short.
+        module: the command line; another one than the real has a fault in it.
+        max_worker_kills: in one run.
         kills: what has been killed, and how often.
         codes: the exit codes of the runs.
     """
@@ -61,6 +63,8 @@ class Campaign:
     folder: Path
     scratch: Path
     seed: int
+    module: str = "jobs"
+    max_worker_kills: int = MAX_WORKER_KILLS
     kills: Counter[str] = field(default_factory=Counter)
     codes: list[int] = field(default_factory=list)
 
@@ -80,7 +84,7 @@ class Campaign:
         """Starts the command, in a process group of its own."""
         with (self.folder / f"{len(self.codes)}.err").open("wb") as errors:
             return subprocess.Popen(
-                [sys.executable, "-m", "jobs", *self.arguments],
+                [sys.executable, "-m", self.module, *self.arguments],
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 env={**os.environ, **ENVIRONMENT, "RAY_TMPDIR": str(self.scratch)},
@@ -96,7 +100,7 @@ class Campaign:
         """One run, of which up to two workers are killed and then something it cannot spare."""
         process = self.start()
         ends_at = time.monotonic() + self._chance.uniform(*LIFE)
-        for _ in range(self._chance.randint(0, MAX_WORKER_KILLS)):
+        for _ in range(self._chance.randint(0, self.max_worker_kills)):
             if self.kills.total() + 1 < num_kills and self._wait_for_worker(process, ends_at):
                 self.kill(process, "worker")
         what = self._chance.choice(sorted(CODES))
