@@ -186,6 +186,7 @@ class Crew:
         members = {ref: member for member in self._members for ref in member.calls}
         if not members:
             time.sleep(timeout)
+            self._patience.look(self._members, waited=timeout)
             return []
         ready, rest = ray.wait(list(members), num_returns=1, timeout=timeout)
         if rest:

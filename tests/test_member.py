@@ -118,6 +118,26 @@ def test_nobody_is_blamed_for_a_pause_of_the_driver(monkeypatch: pytest.MonkeyPa
     assert patience.exhausted(member) == "it stood still for 60 s"
 
 
+def test_waiting_for_the_next_start_is_no_pause(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While all workers are to be started anew, after a minute, the driver does look at them."""
+    clock = 1000.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal clock
+        clock += seconds
+
+    monkeypatch.setattr(member_module.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(member_module.time, "sleep", sleep)
+    crew = _crew("a")
+    crew._members[0].is_ready = False
+    for _ in range(20):
+        assert crew.wait(PAUSE / 10) == []
+    crew._patience.look(crew._members, waited=0.0)
+    assert not caplog.records
+
+
 def test_no_room_is_room_for_nobody() -> None:
     """While one worker loads its model, however long, the others may wait for room."""
     crew = _crew("", "")
