@@ -27,7 +27,13 @@ from jobs.job_options import as_overrides as _overrides
 from jobs.job_options import job_options as _job_options
 from jobs.submit_command import submit
 from jobs.terminal import log_to_stderr, print_facts, to_json
-from pipeline.errors import DamagedOutputError, OutputError, ShardmillError, StoppedError
+from pipeline.errors import (
+    DamagedOutputError,
+    OutputError,
+    ShardmillError,
+    StoppedError,
+    TooManyFailedRowsError,
+)
 from pipeline.records import FinishReason
 
 if TYPE_CHECKING:
@@ -97,13 +103,13 @@ def _retryable(
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="shardmill")
 def cli() -> None:
-    r"""Prompts in Parquet go in, completions in Parquet come out, every row exactly once.
+    """Prompts in Parquet go in, completions in Parquet come out, every row exactly once.
 
     \b
     Exit codes: 0 complete, 2 usage, 65 input unusable or too many failed rows, 69 no cluster or
     GPU, 70 a bug, 73 output cannot be written, 75 stopped early (the same command continues),
     78 job file wrong or not the one the folder was started with.
-    """
+    """  # noqa: D301 - click's mark for a paragraph that stays as it is
 
 
 @cli.command()
@@ -205,7 +211,7 @@ def status(folder: Path, exit_code: bool, watch: bool, as_json: bool) -> None:
             click.clear()
         print_facts(found, status_text, as_json)
     if (exit_code or watch) and not found.is_complete:
-        sys.exit(StoppedError.exit_code)
+        sys.exit((TooManyFailedRowsError if found.has_failed else StoppedError).exit_code)
 
 
 @cli.command()

@@ -33,4 +33,5 @@ def _change(old: str, new: str) -> str:
 def _cut(text: str, important: int) -> str:
     first = 0 if important < WIDTH // 2 else important - WIDTH // 3
     shown = text[first : first + WIDTH]
-    return ("…" if first else "") + shown + ("…" if first + WIDTH < len(text) else "")
+    end = "…" + '"' * text.endswith('"') if first + WIDTH < len(text) else ""
+    return '"' * (bool(first) and text.startswith('"')) + "…" * bool(first) + shown + end

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from jobs.crew import Crew
 from jobs.events import Event, RowsReleased, ShardDone, WorkerLost, WorkerReady
+from jobs.failed_rows import too_many_failed
 from jobs.losses import Losses
 from jobs.progress import Rate, Reporter, Snapshot
 from jobs.recorder import Recorder
@@ -39,12 +40,7 @@ def check_failed(totals: Totals, max_failed: int) -> None:
         TooManyFailedRowsError: with both numbers.
     """
     if totals.error > max_failed:
-        raise TooManyFailedRowsError(
-            f"{totals.error} rows ended in an error and failure.max_failed_rows allows "
-            f"{max_failed}; raise that and run the same command to keep them as they are "
-            "(`shardmill retry` runs them again later), or mend the cause and start over with "
-            "--fresh"
-        )
+        raise TooManyFailedRowsError(too_many_failed(totals.error, max_failed))
 
 
 @dataclass(kw_only=True)

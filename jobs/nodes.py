@@ -1,4 +1,4 @@
-"""Waiting for the nodes of a Ray cluster that somebody is starting at this moment."""
+"""Waiting for a Ray cluster that somebody is starting at this moment: its head, its nodes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,32 @@ from pipeline.errors import ResourceError
 LIMIT = 600.0
 """Seconds until all nodes must have joined."""
 
+HEAD_LIMIT = 10.0
+"""Seconds until somebody must listen at the head's address, where no nodes are waited for."""
+
 _POLL = 2.0
+
+
+def await_head(address: str, check: Callable[[], None]) -> None:
+    """Returns when somebody listens at `address`; at once if it is not host:port.
+
+    Ray itself would try for minutes, say nothing, and hear neither signals nor the clock.
+
+    Args:
+        check: called again and again; what it raises ends the wait.
+
+    Raises:
+        ResourceError: nobody does.
+    """
+    deadline = time.monotonic() + HEAD_LIMIT
+    while _has_port(address) and not _is_open(address):
+        check()
+        if time.monotonic() >= deadline:
+            raise ResourceError(
+                f"cannot reach a Ray cluster at {address}: nobody listens there; start its head, "
+                "or correct --ray-address or RAY_ADDRESS"
+            )
+        time.sleep(_POLL / 4)
 
 
 def await_nodes(address: str, num_nodes: int, check: Callable[[], None]) -> None:
@@ -27,7 +52,7 @@ def await_nodes(address: str, num_nodes: int, check: Callable[[], None]) -> None
     Raises:
         ResourceError: they have not come in time.
     """
-    if "://" in address or not address.rpartition(":")[2].isdigit():
+    if not _has_port(address):
         raise ResourceError(
             f"--ray-nodes needs the head's address as host:port in --ray-address, not '{address}'"
         )
@@ -37,7 +62,7 @@ def await_nodes(address: str, num_nodes: int, check: Callable[[], None]) -> None
         if time.monotonic() >= deadline:
             raise ResourceError(
                 f"{found} of {num_nodes} nodes have joined the Ray cluster at {address} within "
-                f"{LIMIT / 60:.0f} minutes; their logs are on each node in /tmp/ray"
+                f"{LIMIT / 60:.0f} minutes; their logs are on each node in Ray's folder"
             )
         time.sleep(_POLL)
 
@@ -50,6 +75,10 @@ def _num_alive(address: str) -> int:
     except RpcError:
         return 0
     return sum(node.state == GcsNodeInfo.ALIVE for node in nodes.values())
+
+
+def _has_port(address: str) -> bool:
+    return "://" not in address and address.rpartition(":")[2].isdigit()
 
 
 def _is_open(address: str) -> bool:

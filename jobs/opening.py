@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from jobs.differences import differences
@@ -128,11 +129,19 @@ def job_differences(old: Manifest, new: Manifest) -> list[str]:
     """What keeps the job of `new` from going on where `old` began, a line each; [] is nothing."""
     if old.fingerprint == new.fingerprint and _layout(old) == _layout(new):
         return []
-    return differences(_limit(old), _limit(new)) + (
+    if lines := differences(_limit(old), _limit(new)):
+        # Files have other numbers of rows by it, of which nobody needs to hear.
+        fields = (_without_files(manifest.fingerprint_fields) for manifest in (old, new))
+        return lines + differences(*fields)
+    return (
         differences(old.fingerprint_fields, new.fingerprint_fields)
         or differences(_layout(old), _layout(new))
         or [f"fingerprint: {old.fingerprint} -> {new.fingerprint}"]
     )
+
+
+def _without_files(fields: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in fields.items() if not name.startswith("input.file.")}
 
 
 def _limit(manifest: Manifest) -> dict[str, object]:

@@ -144,6 +144,7 @@ def prepare_job(job: JobConfig, staging: Path) -> PreparedJob:
         )
     sampling = job.generation.resolve(checkpoint.generation_defaults)
     _check_room(job, checkpoint)
+    _check_stop_tokens(job, checkpoint)
     inputs = open_inputs(job.input, Path("/"), staging)
     names = inputs.schema.names
     check_prompt(job.prompt, names)
@@ -164,6 +165,16 @@ def _check_room(job: JobConfig, checkpoint: Checkpoint) -> None:
         raise JobFileError(
             f"generation.max_new_tokens {most} leaves no room for a prompt: the model's context "
             f"is {context} tokens; lower it"
+        )
+
+
+def _check_stop_tokens(job: JobConfig, checkpoint: Checkpoint) -> None:
+    size = checkpoint.config.get("vocab_size")
+    unknown = [token for token in job.generation.stop_token_ids or () if size and token >= size]
+    if unknown:
+        raise JobFileError(
+            f"generation.stop_token_ids has {unknown[0]}, which is no token of the model: it has "
+            f"{size}, from 0 on"
         )
 
 

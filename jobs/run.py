@@ -30,7 +30,7 @@ from jobs.ledger import Ledger
 from jobs.lock import RunLock
 from jobs.logs import log_handler
 from jobs.metrics import MetricsFile, total
-from jobs.nodes import await_nodes
+from jobs.nodes import await_head, await_nodes
 from jobs.opening import open_or_create, prepare, set_aside
 from jobs.parts import finish
 from jobs.plan import choose_shards_in_flight
@@ -216,11 +216,14 @@ class Run:
     @contextmanager
     def ray(self) -> Iterator[Resources]:
         """Ray, for as long as the block lasts."""
-        if self.options.ray_address is not None and self.options.ray_nodes is not None:
-            await_nodes(self.options.ray_address, self.options.ray_nodes, self.stop.check)
+        address, num_nodes = self.options.ray_address, self.options.ray_nodes
+        if address is not None and num_nodes is not None:
+            await_nodes(address, num_nodes, self.stop.check)
+        elif address is not None:
+            await_head(address, self.stop.check)
         with ExitStack() as stack:
             with self.stop.deferred():  # an exception in the midst of its start may get lost
-                resources = stack.enter_context(ray_cluster(self.options.ray_address))
+                resources = stack.enter_context(ray_cluster(address))
                 self.stop.reclaim()
             self.stop.check()
             yield resources

@@ -27,6 +27,7 @@ class Status:
         num_completions: output rows there are to be: rows times samples.
         totals: over what is committed.
         is_complete: `_SUCCESS` and all parts are there.
+        max_failed: completions that may be errors, by the job that the folder was started with.
         owner: the run that works on it now, or None.
         retries: of the complete folder, by rising number.
     """
@@ -40,8 +41,14 @@ class Status:
     num_parts: int
     num_parts_done: int
     is_complete: bool
+    max_failed: int
     owner: Owner | None
     retries: tuple[RetryRecord, ...] = ()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has stopped because too many rows have failed."""
+        return not self.is_complete and self.owner is None and self.totals.error > self.max_failed
 
 
 def read_status(folder: Path) -> Status:
@@ -68,6 +75,7 @@ def read_status(folder: Path) -> Status:
         num_parts=manifest.num_parts,
         num_parts_done=state.num_parts_done,
         is_complete=is_complete,
+        max_failed=ledger.max_failed,
         owner=owner if is_at_work else None,
         retries=tuple(read_retries(ledger.folder)),
     )

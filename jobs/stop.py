@@ -55,7 +55,12 @@ class StopRequest:
         """
         if reason := self.reason():
             self._has_stopped = True
-            raise StoppedError(f"stopped: {reason}; run the same command again to continue")
+            raise StoppedError(f"stopped: {reason}; {self._advice()}")
+
+    def _advice(self) -> str:
+        is_file = self._signal is None and self._stop_file is not None
+        first = "remove it, then " if is_file and os.path.exists(self._stop_file or "") else ""
+        return f"{first}run the same command again to continue"
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.failed_rows import too_many_failed
 from jobs.progress import duration
 from jobs.retries import RetryRecord
 from jobs.status import Status
@@ -68,6 +69,8 @@ def status_text(status: Status) -> str:
         state = "complete"
     elif status.owner is not None:
         state = f"running: {status.owner}"
+    elif status.has_failed:
+        state = f"stopped: {too_many_failed(status.totals.error, status.max_failed)}"
     else:
         state = "not complete, and nobody works on it; run the same command again to continue"
     return _lines(
@@ -130,7 +133,7 @@ def plan_text(plan: JobPlan) -> str:
         ("memory", _memory(plan)),
         ("columns", ", ".join(plan.columns)),
         ("output", f"{_shown(Path(plan.output))}: {plan.state}"),
-        ("time", "shown by `shardmill status` once the first rows are done"),
+        ("time", "shown by the run itself, once the first rows are done"),
     )
 
 

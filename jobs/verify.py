@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jobs.failed_rows import too_many_failed
 from jobs.ledger import Ledger
 from jobs.lock import read_owner
 from jobs.parts import PartInfo, read_part, shards_of_part
@@ -225,8 +226,12 @@ def _check_success(ledger: Ledger, report: VerifyReport) -> None:
     exists = ledger.folder.success.exists()
     if exists and report.missing:
         report.damage.append(f"'{ledger.folder.success}' is there although parts are missing")
-    if not exists and not report.missing:
-        report.missing.append("_SUCCESS: all parts are there; run the same command again to finish")
+    if exists or report.missing or report.damage:
+        return
+    problem = "run the same command again to finish"
+    if report.totals.error > ledger.max_failed:
+        problem = too_many_failed(report.totals.error, ledger.max_failed)
+    report.missing.append(f"_SUCCESS: all parts are there; {problem}")
 
 
 def _check_inputs(ledger: Ledger, report: VerifyReport) -> None:

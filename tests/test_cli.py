@@ -90,6 +90,7 @@ def _nothing(folder: Path) -> None:
         (_nothing, ["prompt.template={{ q "], 78, "template"),
         (_nothing, ["prompt={messages: turns}"], 78, "turns"),
         (_nothing, ["generation.max_new_tokens=128"], 78, "leaves no room"),
+        (_nothing, ["generation.stop_token_ids=[3, 99999]"], 78, "stop_token_ids has 99999"),
         (_nothing, ["output.columns=[zz]"], 78, "'zz'"),
         (_nothing, ["model.path=./nowhere"], 65, "nowhere"),
         (_nothing, ["model.quantization=int3"], 78, "model.quantization"),

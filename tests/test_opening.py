@@ -20,6 +20,7 @@ from pipeline.errors import (
 )
 from tests.run_folders import SmallJob, make_manifest
 
+FILE = "input.file.in.parquet"
 both = pytest.mark.parametrize("check", [prepare, check_output])
 """A run that only checks refuses what a run refuses."""
 
@@ -72,22 +73,24 @@ def test_files_in_another_order_are_another_job(tmp_path: Path) -> None:
 
 def test_another_limit_is_called_by_its_name(tmp_path: Path) -> None:
     """It is why files have other rows; where it is beyond them, it keeps nobody from going on."""
-    rows = {"a": "3 rows"}
+    rows = {FILE: "3 rows", "a": 1}
     job = SmallJob(tmp_path, job={"input": {"limit": 3}}, fingerprint_fields=rows)
     longer: dict[str, object] = {"job": {"input": {"limit": None}}}
     open_or_create(job.path, make_manifest(tmp_path / "input", [7, 0, 4], **longer))
-    longer |= {"fingerprint": "f2", "fingerprint_fields": {"a": "7 rows"}}
-    with pytest.raises(JobDiffersError, match=r"\n  input\.limit: 3 -> null\n  a: "):
+    longer |= {"fingerprint": "f2", "fingerprint_fields": {FILE: "7 rows", "a": 2}}
+    with pytest.raises(JobDiffersError) as caught:
         open_or_create(job.path, make_manifest(tmp_path / "input", [7, 0, 4], **longer))
+    assert str(caught.value).splitlines()[1:] == ["  input.limit: 3 -> null", "  a: 1 -> 2"]
 
 
 def test_long_values_are_cut_around_the_change() -> None:
     """A change at the end of a long prompt is seen, and thousands of changes stay readable."""
     (line,) = differences({"t": "x" * 500 + " then"}, {"t": "x" * 500 + " now"})
-    assert line.startswith("t: …xxx")
+    assert line.startswith('t: "…xxx')
     assert ' then"' in line
     assert ' now"' in line
     assert len(line) < 150
+    assert line.count('"') == 4, "what is cut is a text still"
     lines = differences({str(i): 0 for i in range(100)}, {})
     assert len(lines) == MOST_LINES + 1
     assert lines[-1] == "… and 80 more"

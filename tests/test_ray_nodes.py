@@ -1,6 +1,8 @@
-"""Waiting for nodes that do not come; that they do, tests/faults/test_real_schedulers.py shows."""
+"""Waiting for a cluster that does not come; tests/faults/test_real_schedulers.py has a real one."""
 
 from __future__ import annotations
+
+import socket
 
 import pytest
 
@@ -35,3 +37,28 @@ def test_a_stop_ends_the_wait() -> None:
 
     with pytest.raises(StoppedError):
         nodes.await_nodes("127.0.0.1:1", 2, check)
+
+
+def test_a_head_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would try for minutes, deaf to every signal: a sentence comes before it is asked."""
+    monkeypatch.setattr(nodes, "HEAD_LIMIT", 0.1)
+    with pytest.raises(ResourceError, match=r"Ray cluster at 127\.0\.0\.1:1: nobody listens"):
+        nodes.await_head("127.0.0.1:1", nothing)
+    with pytest.raises(StoppedError):
+        nodes.await_head("127.0.0.1:1", _stop)
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "ray://head:10001"])
+def test_an_address_that_only_ray_understands(address: str) -> None:
+    """It is left to Ray."""
+    nodes.await_head(address, nothing)
+
+
+def test_somebody_listens() -> None:
+    """Then nothing is waited for."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        nodes.await_head(f"127.0.0.1:{server.getsockname()[1]}", _stop)
+
+
+def _stop() -> None:
+    raise StoppedError("stopped")

@@ -12,6 +12,8 @@ from jobs.lock import RunLock
 from jobs.parts import roll_up
 from jobs.status import read_status
 from jobs.tally import Stamp, stamp_of
+from jobs.texts import status_text, verify_text
+from jobs.verify import verify
 from pipeline.segments import Totals
 from tests.run_folders import SmallJob
 
@@ -76,3 +78,19 @@ def test_status_beside_a_roll_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(FileNotFoundError):
         scan(job.ledger)
     assert read_status(job.path).totals.num_completions == job.manifest.num_completions
+
+
+def test_too_many_failed_rows_are_no_reason_to_run_again(tmp_path: Path) -> None:
+    """What a run says that stopped because of them, `status` and `verify` say, too."""
+    job = SmallJob(tmp_path, rows=(14,), job={"failure": {"max_failed_rows": 1}})
+    job.commit_all()
+    for part in range(job.manifest.num_parts):
+        roll_up(job.folder, job.manifest, part)
+    status = read_status(job.path)
+    assert status.has_failed
+    words = "2 rows ended in an error and failure.max_failed_rows allows 1; raise that"
+    assert f"stopped: {words}" in status_text(status)
+    assert f"all parts are there; {words}" in verify_text(verify(job.path))
+    allowed = SmallJob(tmp_path / "allowed", rows=(14,), job={"failure": {"max_failed_rows": 2}})
+    allowed.commit_all()
+    assert not read_status(allowed.path).has_failed

@@ -48,6 +48,17 @@ def test_a_deferred_signal_only_says_so(number: signal.Signals) -> None:
         stop.check()
 
 
+def test_a_stop_file_has_to_go_first(tmp_path: Path) -> None:
+    """The same command would stop again at once; after a signal it does not."""
+    stop = StopRequest(tmp_path / "stop")
+    (tmp_path / "stop").touch()
+    with pytest.raises(StoppedError, match="remove it, then run the same command again"):
+        stop.check()
+    stop._signal = "SIGTERM"
+    with pytest.raises(StoppedError, match="stopped: got SIGTERM; run the same command again"):
+        stop.check()
+
+
 def test_a_stop_file_does_not_count_as_a_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
