@@ -26,6 +26,7 @@ from jobs.crew import Crew
 from jobs.differences import differences
 from jobs.driver import Driver, check_failed
 from jobs.exporter import ClusterMetrics
+from jobs.failed_rows import example
 from jobs.ledger import Ledger
 from jobs.lock import RunLock
 from jobs.logs import log_handler
@@ -41,6 +42,7 @@ from jobs.retries import read_retries
 from jobs.stop import StopRequest
 from jobs.worker import SHARDS_IN_FLIGHT, WorkerSpec
 from jobs.yaml_text import dump_yaml
+from pipeline.errors import TooManyFailedRowsError
 from pipeline.folder import RunFolder
 from pipeline.metrics import EngineMetrics
 from pipeline.publish import output_errors
@@ -205,7 +207,8 @@ class Run:
                     self.prepared.job.engine.batch_size,
                 )
                 budget = Budget(num_completions, max_failed, num_in_flight)
-                work = self.complete(ledger, resources, budget)
+                with _naming_a_failed_row(ledger):
+                    work = self.complete(ledger, resources, budget)
             return self._finish(ledger, started, work)
 
     def _mention_retry(self) -> None:
@@ -340,6 +343,16 @@ class Run:
             num_parts=ledger.manifest.num_parts,
             seconds=time.monotonic() - started,
         )
+
+
+@contextmanager
+def _naming_a_failed_row(ledger: Ledger) -> Iterator[None]:
+    """Adds to the news that too many rows have failed what one of them has failed of."""
+    try:
+        yield
+    except TooManyFailedRowsError as error:
+        found = example(ledger.folder, ledger.manifest)
+        raise TooManyFailedRowsError(f"{error}{found}") from None
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -237,7 +238,9 @@ def test_too_many_bad_rows_exit_with_65(tmp_path: Path, llama_folder: Path) -> N
     result = shardmill("run", job)
     assert result.code == 65
     assert "failure.max_failed_rows" in result.stderr
+    assert re.search(r"One of them, in\.parquet#\d: null_column: column 'q'", result.stderr)
     assert shardmill("run", job).code == 65, "the same command ends the same way"
+    assert shardmill("status", tmp_path / "out", "--exit-code").code == 65
     raised = shardmill("run", job, "--set", "failure.max_failed_rows=0.5")
     assert raised.code == 0, raised.stderr
 
