@@ -80,9 +80,8 @@ def _columns(settings: PromptSettings, template: Template | None) -> tuple[str, 
 def _unknown_column(where: str, name: str, columns: Sequence[str]) -> str:
     nearest = get_close_matches(name, columns, n=1)
     hint = f"did you mean '{nearest[0]}'? " if nearest else ""
-    return (
-        f"{where} names '{name}', which is no input column: {hint}There are: {', '.join(columns)}."
-    )
+    there = ", ".join(map(repr, columns))
+    return f"{where} names '{name}', which is no input column: {hint}the input has {there}."
 
 
 class PromptRenderer:

@@ -42,7 +42,8 @@ class Template:
             tree = environment.parse(source)
         except jinja2.TemplateSyntaxError as error:
             raise JobFileError(
-                f"prompt.template, line {error.lineno}: {error.message}; correct the Jinja there."
+                f"prompt.template, line {error.lineno}: {(error.message or '').rstrip('.')}; "
+                "correct the Jinja there."
             ) from error
         _refuse_other_templates(tree)
         names = meta.find_undeclared_variables(tree)

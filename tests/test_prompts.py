@@ -70,7 +70,7 @@ def test_needed_columns_in_the_order_of_the_input() -> None:
     [
         (
             {"template": "{{ qestion }}"},
-            r"names 'qestion'.*did you mean 'question'\? .*question, range, dict",
+            r"names 'qestion'.*did you mean 'question'\? .*'question', 'range', 'dict'",
         ),
         ({"messages": "chat"}, r"prompt\.messages names 'chat', which is no input column"),
         ({"template": "{{ dict }}"}, "'dict', which is both a function of Jinja and an input"),
