@@ -81,7 +81,7 @@ def _files(folder: Path) -> dict[Path, bytes]:
         ((), ("generation.max_new_tokens=many",), JobFileError, "generation.max_new_tokens"),
         ((), ("generation.stop=[x]",), JobDiffersError, r'generation.stop: \[\] -> \["x"\]'),
         ((), ("prompt.template={{ n }}",), JobDiffersError, "prompt.template"),
-        ((), ("input.limit=5",), JobDiffersError, "input.file.in.parquet"),
+        ((), ("input.limit=5",), JobDiffersError, "input.limit"),
         ((), ("model.path=./nowhere",), Exception, "nowhere"),
     ],
 )
