@@ -49,9 +49,15 @@ def test_a_head_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("address", ["auto", "local", "ray://head:10001"])
-def test_an_address_that_only_ray_understands(address: str) -> None:
+def test_an_address_that_only_ray_understands(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
     """It is left to Ray."""
+    asked: list[str] = []
+    monkeypatch.setattr(nodes, "_is_open", asked.append)
+    monkeypatch.setattr(nodes, "HEAD_LIMIT", 0.1)
     nodes.await_head(address, nothing)
+    assert asked == []
 
 
 def test_somebody_listens() -> None:

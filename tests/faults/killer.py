@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.small_jobs import shardmill
+
 ROOT = Path(__file__).parents[2]
 
 RUN_LIMIT = 300.0
@@ -170,3 +172,12 @@ def _name(process: psutil.Process) -> str:
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return ""
     return Path(command[0].split()[0]).name if command and command[0] else ""
+
+
+def prove_complete(output: Path) -> None:
+    """Asserts that `verify` finds all rows and nothing wrong, and that nothing is left over."""
+    proof = shardmill("verify", output, "--json")
+    assert proof.code == 0, proof.stdout
+    assert proof.json["state"] == "complete"
+    assert proof.json["damage"] == proof.json["missing"] == []
+    assert list((output / ".shardmill" / "tmp").iterdir()) == []

@@ -12,7 +12,7 @@ import yaml
 from jobs.config import load_job
 from jobs.trial import try_job
 from tests.faults.conftest import Tally
-from tests.faults.killer import DEATH_LIMIT, Campaign
+from tests.faults.killer import DEATH_LIMIT, Campaign, prove_complete
 from tests.small_jobs import num_segments, read_output, shardmill, wait_until
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
@@ -50,16 +50,8 @@ def _survive(folder: Path, scratch: Path, seed: int, num_kills: int) -> Campaign
     job = _write_job(folder)
     campaign = Campaign(["run", str(job)], folder, scratch, seed)
     campaign.run(num_kills)
-    _prove(folder / "out")
+    prove_complete(folder / "out")
     return campaign
-
-
-def _prove(output: Path) -> None:
-    proof = shardmill("verify", output, "--json")
-    assert proof.code == 0, proof.stdout
-    assert proof.json["state"] == "complete"
-    assert proof.json["damage"] == proof.json["missing"] == []
-    assert list((output / ".shardmill" / "tmp").iterdir()) == []
 
 
 @pytest.mark.timeout(300)
@@ -79,7 +71,7 @@ def test_a_run_without_ray_ends_and_is_continued(
     campaign.codes.append(69)
     campaign.run(num_kills=0)
     tally.add(campaign)
-    _prove(tmp_path / "out")
+    prove_complete(tmp_path / "out")
     _check_rows(job, read_output(tmp_path / "out"))
 
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.faults.conftest import Tally
-from tests.faults.killer import Campaign
+from tests.faults.killer import Campaign, prove_complete
 from tests.small_jobs import questions, read_output, shardmill, write_job
 
 NUM_ROWS = 120
@@ -30,13 +30,6 @@ def _write(folder: Path, model: Path) -> Path:
     return job
 
 
-def _prove(output: Path) -> None:
-    proof = shardmill("verify", output, "--json")
-    assert proof.code == 0, proof.stdout
-    assert proof.json["state"] == "complete"
-    assert proof.json["damage"] == proof.json["missing"] == []
-
-
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", range(2))
@@ -54,7 +47,7 @@ def test_a_whole_life_costs_no_row(
     run = Campaign(["run", str(job)], job.parent, scratch, seed, "tests.poisoned", 1)
     run.run(num_kills=5)
     tally.add(run)
-    _prove(output)
+    prove_complete(output)
     rows = read_output(output).to_pylist()
     assert [number for number, row in enumerate(rows) if row["error"]] == list(POISON)
     assert all(rows[number]["error"].startswith("killed: 2 workers") for number in POISON)
@@ -63,5 +56,5 @@ def test_a_whole_life_costs_no_row(
     retry = Campaign(["retry", str(output)], tmp_path, scratch, seed, max_worker_kills=1)
     retry.run(num_kills=3)
     tally.add(retry)
-    _prove(output)
+    prove_complete(output)
     assert read_output(output).to_pylist() == expected
