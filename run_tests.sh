@@ -21,8 +21,10 @@ cd -- "$root"
 check ruff check .
 check ruff format --check .
 check mypy
+# Two at a time: most of a test with Ray is waiting for processes to start.
+two_at_a_time=(-n 2 --dist worksteal)
 if [[ "${1:-}" == --faults ]]; then
-  check pytest -q -rs -m faults "${@:2}"
+  check pytest -q -rs "${two_at_a_time[@]}" -m faults "${@:2}"
 else
-  check pytest -q -rs "$@"
+  check pytest -q -rs "${two_at_a_time[@]}" "$@"
 fi

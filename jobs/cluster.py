@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._raylet import (  # type: ignore[attr-defined]
@@ -141,15 +143,33 @@ def _connect(address: str | None, folder: Path | None) -> None:
                 address,
             )
         return
-    ray.init(
-        address="local",  # never some other cluster that happens to be found
-        num_cpus=num_cores(),
-        include_dashboard=False,
-        _temp_dir=str(folder),
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with _agent_on_any_port():
+        ray.init(
+            address="local",  # never some other cluster that happens to be found
+            num_cpus=num_cores(),
+            include_dashboard=False,
+            _temp_dir=str(folder),
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+
+@contextmanager
+def _agent_on_any_port() -> Iterator[None]:
+    """Keeps `ray.init` from asking for port 52365 of the machine for one of its agents.
+
+    Where another Ray has it, that of another run or one that was killed a minute ago, the agent
+    tries again for 3 s before it does without, and the start waits for it. `ray start` has an
+    option for this port, `ray.init` has none.
+    """
+    module: Any = ray._private.parameter
+    parameters = module.RayParams
+    module.RayParams = partial(parameters, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        module.RayParams = parameters
 
 
 def check_ray() -> None:

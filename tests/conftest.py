@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +16,14 @@ if TYPE_CHECKING:
     from pipeline.model import Model
 
 
+pytest_plugins = ("tests.faults.tally",)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The quick set tries the same examples each time; the long set looks for new ones."""
+    if hasattr(config, "workerinput"):
+        # One of several processes: OpenMP's threads spin, and would take each other's cores.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     settings.register_profile("quick", derandomize=True, deadline=None)
     settings.register_profile("faults", print_blob=True, deadline=None)
     settings.load_profile("faults" if config.getoption("markexpr") == "faults" else "quick")

@@ -89,6 +89,11 @@ def start(
     )
 
 
+def start_held(gate: Path, *arguments: object) -> subprocess.Popen[str]:
+    """Starts a command whose workers do one shard each and wait then for the file `gate`."""
+    return start(*arguments, module="tests.held", SHARDMILL_GATE=str(gate))
+
+
 def finish(process: subprocess.Popen[str], limit: float = RUN_LIMIT) -> Result:
     """Waits for a command; one that hangs fails the test."""
     try:
@@ -99,7 +104,7 @@ def finish(process: subprocess.Popen[str], limit: float = RUN_LIMIT) -> Result:
     return Result(process.returncode, stdout, stderr)
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any]) -> None:
     """Waits for a state of the run folder, for as long as the command runs."""
     deadline = time.monotonic() + RUN_LIMIT
     while not condition():

@@ -14,7 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_jobs import finish, questions, shardmill, start, wait_until, write_job
+from tests.small_jobs import (
+    RUN_LIMIT,
+    finish,
+    questions,
+    shardmill,
+    start,
+    wait_until,
+    write_job,
+)
 
 HEAD = """
 import sys
@@ -82,10 +90,10 @@ def test_a_monitor_sees_a_run_on_a_cluster(
     wait_until((tmp_path / "out" / ".shardmill" / "manifest.json").exists, process)
     watcher = start("status", tmp_path / "out", "--watch")
     found: dict[str, float] = {}
-    ended = time.monotonic()
-    while time.monotonic() < ended + 5.0:  # the last figures arrive a moment later
-        if process.poll() is None:
-            ended = time.monotonic()
+    deadline = time.monotonic() + RUN_LIMIT
+    # The last figures arrive a moment after the end.
+    while process.poll() is None or found.get("rows_done") != NUM_ROWS or found.get("workers", 1):
+        assert time.monotonic() < deadline, found
         found |= _scraped(port)
         time.sleep(0.2)
     result = finish(process)

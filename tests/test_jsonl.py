@@ -118,7 +118,9 @@ def test_json_list_is_refused_without_reading_it(tmp_path: Path) -> None:
         _read(_write(tmp_path / "a.jsonl", '\n [{"a": 1}]'))
 
 
-@pytest.mark.parametrize("data", [b"plain", gzip.compress(b'{"a": 1}\n' * 99)[:-9]])
+@pytest.mark.parametrize(
+    "data", [b"plain", gzip.compress(b'{"a": 1}\n' * 99)[:-9]], ids=["plain", "cut short"]
+)
 def test_torn_gzip_is_named(tmp_path: Path, data: bytes) -> None:
     """What is no gzip file, or not all of one, is an error and not a short input."""
     path = tmp_path / "a.jsonl.gz"

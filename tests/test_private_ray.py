@@ -20,6 +20,8 @@ from jobs.private_ray import AUTHENTICATION, PREFIX, STALE_AGE, TOKEN_PATH, priv
 from pipeline.errors import RayFailedError, ResourceError
 
 DASHBOARD_PORT = 8265
+AGENT_PORT = 52365
+"""Which Ray's agents ask for, one of them on each machine."""
 JOIN = (
     "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print(len(ray.nodes()))"
 )
@@ -58,12 +60,13 @@ def _join(address: str, settings: dict[str, str]) -> subprocess.CompletedProcess
 
 
 def test_a_ray_of_ones_own(tmp_path: Path) -> None:
-    """Only who can read the token may join; there is no dashboard; nothing is left."""
+    """Only who has the token may join; no port is one that others want; nothing is left."""
     with ray_cluster(None):
         token = Path(os.environ[TOKEN_PATH])
         folder = token.parent
         assert (_mode(folder), _mode(token)) == (0o700, 0o600)
         address = ray.get_runtime_context().gcs_address
+        assert ray._private.worker._global_node.dashboard_agent_listen_port != AGENT_PORT
         wrong = tmp_path / "token"
         wrong.write_text("0" * 64)
         mode, path = "RAY_AUTH_MODE", TOKEN_PATH

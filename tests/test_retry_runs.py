@@ -38,7 +38,7 @@ from tests.small_jobs import (
     num_segments,
     questions,
     shardmill,
-    start,
+    start_held,
     wait_until,
     write_job,
 )
@@ -243,7 +243,7 @@ def test_a_killed_retry_goes_on(
     assert set(reasons) == {"stop", "length", "error"}
 
     command = ("retry", out, "--only", "error,length", "--set", "generation.max_new_tokens=12")
-    process = start(*command)
+    process = start_held(tmp_path / "gate", *command)
     wait_until(lambda: num_segments(retry_folder(RunFolder(out), 1).root) >= 1, process)
     process.kill()
     finish(process)

@@ -198,7 +198,7 @@ class TestRunTests:
             "-m ruff check .",
             "-m ruff format --check .",
             "-m mypy",
-            "-m pytest -q -rs -k some name",
+            "-m pytest -q -rs -n 2 --dist worksteal -k some name",
         ]
 
     def test_faults_are_chosen(self, machine: Machine) -> None:
@@ -206,7 +206,7 @@ class TestRunTests:
         machine.add_python()
         assert machine.run("run_tests.sh", "--faults", "-x")[0] == 0
         checks = (machine.notes / "checks").read_text().splitlines()
-        assert checks[-1] == "-m pytest -q -rs -m faults -x"
+        assert checks[-1] == "-m pytest -q -rs -n 2 --dist worksteal -m faults -x"
 
     def test_stops_at_the_first_failure(self, machine: Machine) -> None:
         """A check that fails ends the run with its exit code; the later ones do not start."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import signal
-import time
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 
 import pytest
 
 from tests.fake_cron import start_as_cron
-from tests.fake_slurm import FakeSlurm
+from tests.fake_slurm import FakeSlurm, make_program
 from tests.ray_head import RayHead
-from tests.small_jobs import Result, num_segments, shardmill, wait_until
+from tests.small_jobs import RUN_LIMIT, Result, num_segments, shardmill, wait_until
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart" / "job.yaml"
@@ -28,6 +29,22 @@ def submit(scheduler: str, output: Path, *options: object, **environment: str) -
 
 
 @pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """Until this file is there, jobs that `held` submits stay half-way."""
+    return tmp_path / "gate"
+
+
+@pytest.fixture
+def held(tmp_path: Path, gate: Path) -> tuple[str, str]:
+    """Options of `submit` for workers that do one shard and wait: a Python that runs tests.held."""
+    text = f"""#!/usr/bin/env bash
+export SHARDMILL_GATE={quote(str(gate))} PYTHONPATH={quote(str(ROOT))}
+exec {quote(sys.executable)} "${{@/#%jobs/tests.held}}"
+"""
+    return "--set", f"cluster.python={make_program(tmp_path / 'python', text)}"
+
+
+@pytest.fixture
 def queue(tmp_path: Path) -> Iterator[FakeSlurm]:
     """A Slurm of one node."""
     queue = FakeSlurm(tmp_path / "slurm")
@@ -35,23 +52,26 @@ def queue(tmp_path: Path) -> Iterator[FakeSlurm]:
     queue.close()
 
 
-def test_slurm_queues_a_job_until_it_is_complete(queue: FakeSlurm, tmp_path: Path) -> None:
+def test_slurm_queues_a_job_until_it_is_complete(
+    queue: FakeSlurm, tmp_path: Path, gate: Path, held: tuple[str, str]
+) -> None:
     """Told that the wall time is nearly over, the job commits, ends with 75 and is queued again."""
     output = tmp_path / "ou t"
-    result = submit("slurm", output, "--limit", 400, PATH=queue.path)
+    result = submit("slurm", output, "--limit", 400, *held, PATH=queue.path)
     assert (result.code, result.stdout) == (0, "Submitted batch job 4711\n"), result.stderr
 
     process = queue.start()
     wait_until(lambda: num_segments(output) >= 1, process)
     process.send_signal(signal.SIGUSR1)
-    log, _ = process.communicate(timeout=60)
+    log, _ = process.communicate(timeout=RUN_LIMIT)
     assert process.returncode == 75, log
     assert "stop file" in log
     assert queue.num_requeued == 1
     assert not list(queue.folder.glob("*.stop"))
 
+    gate.touch()
     process = queue.start(SLURM_RESTART_COUNT="1")
-    log, _ = process.communicate(timeout=100)
+    log, _ = process.communicate(timeout=RUN_LIMIT)
     assert process.returncode == 0, log
     assert "by runs before this one" in log
     assert queue.num_requeued == 1
@@ -69,29 +89,28 @@ def test_rays_of_other_users_are_not_in_the_way(tmp_path: Path) -> None:
     with closing(queue), TemporaryDirectory(prefix="sm-", dir="/tmp") as scratch:
         theirs = Path(scratch, "ray", "ray_current_cluster")
         theirs.mkdir(parents=True)
-        log, _ = queue.start(RAY_TMPDIR=scratch).communicate(timeout=100)
+        log, _ = queue.start(RAY_TMPDIR=scratch).communicate(timeout=RUN_LIMIT)
         assert queue.started[0].returncode == 0, log
         assert list(Path(scratch).rglob("*")) == [theirs.parent, theirs]
     assert shardmill("verify", output).code == 0
 
 
-def test_a_crontab_line_runs_once_at_a_time(tmp_path: Path) -> None:
+def test_a_crontab_line_runs_once_at_a_time(
+    tmp_path: Path, gate: Path, held: tuple[str, str]
+) -> None:
     """As cron calls it: bare PATH, umask 077, no terminal; the second start finds the first."""
     output = tmp_path / "ou t %"
     schedule = ("--set", "cluster.schedule='* * * * *'")
-    result = submit("cron", output, "--limit", 40, "--print", *schedule)
+    result = submit("cron", output, "--limit", 400, "--print", *schedule, *held)
     assert result.code == 0, result.stderr
     line = result.stdout.splitlines()[1]
 
     first = start_as_cron(line, tmp_path)
-    deadline = time.monotonic() + 60
-    while not (output / ".shardmill" / "lock").exists():
-        assert first.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert start_as_cron(line, tmp_path).wait(60) == 75
-    assert first.wait(100) == 0
-    assert start_as_cron(line, tmp_path).wait(60) == 0, "a complete job stays complete"
+    wait_until(lambda: num_segments(output) >= 1, first)
+    assert start_as_cron(line, tmp_path).wait(RUN_LIMIT) == 75
+    gate.touch()
+    assert first.wait(RUN_LIMIT) == 0
+    assert start_as_cron(line, tmp_path).wait(RUN_LIMIT) == 0, "a complete job stays complete"
     assert shardmill("verify", output).code == 0
 
     log = Path(f"{output}.log")
@@ -102,12 +121,12 @@ def test_a_crontab_line_runs_once_at_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
-def test_a_ray_job_is_submitted_once(tmp_path: Path) -> None:
+def test_a_ray_job_is_submitted_once(tmp_path: Path, gate: Path, held: tuple[str, str]) -> None:
     """Sent twice it runs once; stopped, the next submission continues it."""
     output = tmp_path / "out"
     with RayHead(num_cpus=2) as head:
         address = ("--set", f"cluster.ray.address={head.dashboard}")
-        options: tuple[object, ...] = ("--limit", 400, *address)
+        options: tuple[object, ...] = ("--limit", 400, *address, *held)
         first = submit("ray", output, *options, **head.environment)
         assert first.code == 0, first.stderr
         identity = first.stdout.split()[2].rstrip(";")
@@ -121,6 +140,7 @@ def test_a_ray_job_is_submitted_once(tmp_path: Path) -> None:
         head.stop(identity)
         assert head.wait_for_end(identity)["status"] == "STOPPED"
 
+        gate.touch()
         second = submit("ray", output, *options, **head.environment)
         identity = second.stdout.split()[2].rstrip(";")
         assert identity.endswith("-2"), second.stderr

@@ -11,8 +11,8 @@ import yaml
 
 from jobs.config import load_job
 from jobs.trial import try_job
-from tests.faults.conftest import Tally
 from tests.faults.killer import DEATH_LIMIT, Campaign, prove_complete
+from tests.faults.tally import Tally
 from tests.small_jobs import num_segments, read_output, shardmill, wait_until
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"

@@ -22,6 +22,7 @@ from tests.small_jobs import (
     read_output,
     shardmill,
     start,
+    start_held,
     wait_until,
     write_job,
 )
@@ -120,11 +121,13 @@ def test_drivers_that_start_at_once(job: Path, undisturbed: pa.Table) -> None:
 
 def test_a_frozen_driver_is_not_taken_for_dead(job: Path, undisturbed: pa.Table) -> None:
     """A driver that is stopped keeps its folder; when it goes on, it completes its job."""
-    process = start("run", job)
+    gate = job.parent / "gate"
+    process = start_held(gate, "run", job)
     wait_until(lambda: num_segments(job.parent / "out") >= 1, process)
     os.kill(process.pid, signal.SIGSTOP)
     time.sleep(3)
     assert shardmill("run", job).code == 75
+    gate.touch()
     os.kill(process.pid, signal.SIGCONT)
     assert finish(process).code == 0
     _check(job, undisturbed)

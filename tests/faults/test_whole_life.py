@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.faults.conftest import Tally
 from tests.faults.killer import Campaign, prove_complete
+from tests.faults.tally import Tally
 from tests.small_jobs import questions, read_output, shardmill, write_job
 
 NUM_ROWS = 120
