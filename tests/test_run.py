@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 from pathlib import Path
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.faults.killer import processes_of
 from tests.small_jobs import (
     finish,
     num_segments,
@@ -139,7 +139,8 @@ def test_a_killed_worker_costs_no_row(
     job = write_job(tmp_path, llama_folder, questions(400))
     process = start_held(tmp_path / "gate", "run", job)
     wait_until(lambda: num_segments(tmp_path / "out") >= 2, process)
-    os.kill(_worker_of(process.pid), signal.SIGKILL)
+    [worker] = processes_of(process.pid)["worker"]
+    worker.kill()
     (tmp_path / "gate").touch()
     result = finish(process)
     assert result.code == 0, result.stderr
@@ -175,30 +176,6 @@ def test_rows_that_kill_or_stall_workers_cost_themselves(
     expected = undisturbed["completion"].to_pylist()[:12]
     expected[0] = expected[6] = None
     assert output["completion"].to_pylist() == expected
-
-
-def _worker_of(driver: int) -> int:
-    """A Ray process below the driver that runs our actor."""
-    parents: dict[int, int] = {}
-    workers: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            status = (entry / "stat").read_text()
-            command = (entry / "cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        parents[int(entry.name)] = int(status.rpartition(")")[2].split()[1])
-        if command.startswith(b"ray::") and b"Worker" in command:
-            workers.append(int(entry.name))
-    return next(pid for pid in workers if _descends(pid, driver, parents))
-
-
-def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:
-    while pid in parents and pid != ancestor:
-        pid = parents[pid]
-    return pid == ancestor
 
 
 def test_a_changed_job_is_refused_and_fresh_keeps_the_old_output(

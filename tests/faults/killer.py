@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -159,7 +160,7 @@ def processes_of(driver: int) -> dict[str, list[psutil.Process]]:
     found: dict[str, list[psutil.Process]] = {"driver": [root], "tree": [root, *below]}
     for process in below:
         name = _name(process)
-        if name.startswith("ray::Worker"):
+        if re.match(r"ray::\w*Worker", name):  # with a fault in it, too
             found["worker"] = [process]
         elif name in ("raylet", "gcs_server"):
             found[name] = [process]
