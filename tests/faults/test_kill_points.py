@@ -108,16 +108,16 @@ def _check_not_linked(log: list[str]) -> None:
 @pytest.mark.parametrize("error", ["ENOSPC", "EDQUOT"])
 def test_write_that_fails_publishes_nothing(tracer: Tracer, tmp_path: Path, error: str) -> None:
     """From some write on the disk is full: exit 73, nothing torn, and it continues afterwards."""
-    _fail_writes(tracer, tmp_path, error, every=10)
+    _check_failing_writes(tracer, tmp_path, error, every=10)
 
 
 @pytest.mark.faults
 def test_any_write_that_fails_publishes_nothing(tracer: Tracer, tmp_path: Path) -> None:
     """Likewise from each write on."""
-    _fail_writes(tracer, tmp_path, "ENOSPC", every=1)
+    _check_failing_writes(tracer, tmp_path, "ENOSPC", every=1)
 
 
-def _fail_writes(tracer: Tracer, scratch: Path, error: str, every: int) -> None:
+def _check_failing_writes(tracer: Tracer, scratch: Path, error: str, every: int) -> None:
     points = _points(tracer, scratch / "undisturbed", "write")
     assert len(points) >= 20
     folder = scratch / "full"
