@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,15 +20,19 @@ def content_digests(paths: Sequence[Path]) -> list[str]:
     Raises:
         InputError: a file cannot be read.
     """
+    is_over = threading.Event()
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(_digest, paths))
+        try:
+            return list(pool.map(lambda path: _digest(path, is_over), paths))
+        finally:
+            is_over.set()  # the pool waits for its threads, also when the run is to stop
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, is_over: threading.Event) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
+            while not is_over.is_set() and (chunk := file.read(_CHUNK_BYTES)):
                 digest.update(chunk)
     except OSError as error:
         raise unreadable(str(path), error) from error

@@ -182,17 +182,18 @@ class Crew:
             ShardmillError: a worker met a condition that is the user's to mend.
         """
         self._poll()
-        self._check_room()
         members = {ref: member for member in self._members for ref in member.calls}
         if not members:
             time.sleep(timeout)
             self._patience.look(self._members, waited=timeout)
+            self._check_room()
             return []
         ready, rest = ray.wait(list(members), num_returns=1, timeout=timeout)
         if rest:
             ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         events = [event for ref in ready for event in self._settle(members[ref], ref)]
         self._patience.look(self._members, waited=timeout)
+        self._check_room()
         return events + [event for member in self._members for event in self._overdue(member)]
 
     def refresh(self) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from jobs.manifest import Manifest
+from pipeline.errors import ShardmillError
 from pipeline.folder import RunFolder
+from pipeline.publish import is_there, read_errors, write_json
 from pipeline.segments import open_parquet, reading
 
 MOST_FILES = 64
@@ -24,15 +27,34 @@ def too_many_failed(num_failed: int, max_failed: int) -> str:
     )
 
 
-def example(folder: RunFolder, manifest: Manifest) -> str:
-    """One of the failed rows with its error, as the end of a sentence; empty if none is found.
+def note_limit(folder: RunFolder, max_failed: int) -> None:
+    """Leaves word that a run ends because more rows have failed than the job allows by now."""
+    # Without the note a folder says to run the same command again, which ends the same way.
+    with suppress(ShardmillError):
+        write_json(folder.failed, {"max_failed_rows": max_failed})
+
+
+def noted_limit(folder: RunFolder) -> int | None:
+    """Failed rows that the last run allowed, if it ended because there were more.
 
     Raises:
-        ShardmillError: a file of the folder is damaged, or cannot be read.
+        OutputError: the note cannot be read.
     """
-    files = (*sorted(folder.segments.iterdir()), *sorted(folder.root.glob("part-*.parquet")))
-    found = (error for path in files[:MOST_FILES] for error in _errors(path, manifest))
-    return "".join(f". One of them, {error}" for error in islice(found, 1))
+    with read_errors(folder.failed):
+        if not is_there(folder.failed):
+            return None
+        return int(json.loads(folder.failed.read_text(encoding="utf-8"))["max_failed_rows"])
+
+
+def example(folder: RunFolder, manifest: Manifest) -> str:
+    """One of the failed rows with its error, as the end of a sentence; empty if none is found."""
+    parts = (folder.root / manifest.part_name(part) for part in range(manifest.num_parts))
+    # What cannot be read is told where it matters; this is an example, and by the way.
+    with suppress(ShardmillError, OSError):
+        files = islice(chain(sorted(folder.segments.iterdir()), parts), MOST_FILES)
+        for error in (error for path in files for error in _errors(path, manifest)):
+            return f". One of them, {error}"
+    return ""
 
 
 def _errors(path: Path, manifest: Manifest) -> Iterator[str]:

@@ -25,7 +25,7 @@ def fingerprint_fields(
 ) -> Fields:
     """The settings that change an answer, resolved, by the dotted name a user knows them by."""
     fields: Fields = {
-        f"input.file.{file.name}": f"{file.num_rows} rows, {file.size} bytes, {file.digest}"
+        file_field(file.name): f"{file.num_rows} rows, {file.size} bytes, {file.digest}"
         for file in files
     }
     fields["output.prefix"] = job.output.prefix
@@ -62,6 +62,11 @@ def fingerprint_fields(
             "generation.seed": job.generation.seed,
         }
     return fields
+
+
+def file_field(name: str) -> str:
+    """By which field an input file is known."""
+    return f"input.file.{name}"
 
 
 def fingerprint(fields: Mapping[str, JsonValue]) -> str:

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.config import FailureSettings
 from jobs.manifest import Manifest, read_manifest
 from jobs.parts import PartInfo, read_part, roll_up
 from jobs.state import JobState
@@ -61,12 +60,6 @@ class Ledger:
         """Whether `_SUCCESS` and all parts are there; no file is opened."""
         parts = range(self.manifest.num_parts)
         return is_there(self.folder.success) and all(self.has_part(part) for part in parts)
-
-    @property
-    def max_failed(self) -> int:
-        """Completions that may be errors, by the job that the folder was started with."""
-        settings = FailureSettings.model_validate(self.manifest.job.get("failure", {}))
-        return settings.allowed(self.manifest.num_completions)
 
     def has_part(self, part: int) -> bool:
         """Whether the part is published."""

@@ -175,7 +175,6 @@ class RunLock:
 
     def _outlast(self) -> None:
         """Gives way to who has read the record when we did, and written after us."""
-        os.fsync(self._descriptor)
         time.sleep(SETTLE_SECONDS)
         # By a new opening, as a network file system may answer an old one from its memory.
         owner = read_owner(self._folder)
@@ -214,6 +213,7 @@ class RunLock:
         os.pwrite(
             self._descriptor, json.dumps(asdict(self._owner)).encode().ljust(_RECORD_BYTES), 0
         )
+        os.fsync(self._descriptor)  # a network file system may keep it to itself for half a minute
 
     def _beat(self) -> None:
         while not self._stop.wait(self._interval):

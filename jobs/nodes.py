@@ -85,6 +85,6 @@ def _is_open(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_POLL).close()
-    except OSError:
+    except (OSError, ValueError):  # the latter for what can be no name, or no number
         return False
     return True

@@ -8,13 +8,13 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from jobs.differences import differences
+from jobs.fingerprint import file_field
 from jobs.ledger import Ledger
 from jobs.lock import RunLock
-from jobs.manifest import Manifest, read_manifest
+from jobs.manifest import Manifest, PlannedFile, read_manifest
 from pipeline.errors import JobDiffersError, OutputError
 from pipeline.folder import RunFolder
 from pipeline.publish import make_folders, output_errors, write_json
@@ -129,25 +129,46 @@ def job_differences(old: Manifest, new: Manifest) -> list[str]:
     """What keeps the job of `new` from going on where `old` began, a line each; [] is nothing."""
     if old.fingerprint == new.fingerprint and _layout(old) == _layout(new):
         return []
-    if lines := differences(_limit(old), _limit(new)):
-        # Files have other numbers of rows by it, of which nobody needs to hear.
-        fields = (_without_files(manifest.fingerprint_fields) for manifest in (old, new))
-        return lines + differences(*fields)
+    limit = differences(_limit(old), _limit(new))
+    explained = _cut_by_limit(old, new) if limit else frozenset()
+    kept = [
+        {name: value for name, value in each.fingerprint_fields.items() if name not in explained}
+        for each in (old, new)
+    ]
     return (
-        differences(old.fingerprint_fields, new.fingerprint_fields)
+        [*(limit if explained else ()), *differences(*kept)]
         or differences(_layout(old), _layout(new))
         or [f"fingerprint: {old.fingerprint} -> {new.fingerprint}"]
     )
 
 
-def _without_files(fields: Mapping[str, object]) -> dict[str, object]:
-    return {name: value for name, value in fields.items() if not name.startswith("input.file.")}
-
-
 def _limit(manifest: Manifest) -> dict[str, object]:
-    # Explains files with other numbers of rows. Changes nothing where it is not reached.
     settings = manifest.job.get("input")
     return {"input.limit": settings.get("limit")} if isinstance(settings, dict) else {}
+
+
+def _cut_by_limit(old: Manifest, new: Manifest) -> frozenset[str]:
+    """Fields of files that differ because another limit takes other rows: nobody needs to hear.
+
+    None if neither limit is reached: then it changes nothing, and files differ by themselves.
+    """
+    if not any(manifest.num_rows in _limit(manifest).values() for manifest in (old, new)):
+        return frozenset()
+    then, now = ({file.name: file for file in each.files} for each in (old, new))
+    names = {
+        name
+        for name in {**then, **now}
+        if name not in then or name not in now or _content(then[name]) == _content(now[name])
+    }
+    return frozenset(
+        field
+        for field in map(file_field, names)
+        if old.fingerprint_fields.get(field) != new.fingerprint_fields.get(field)
+    )
+
+
+def _content(file: PlannedFile) -> tuple[int, str]:
+    return file.size, file.digest
 
 
 def _layout(manifest: Manifest) -> dict[str, object]:

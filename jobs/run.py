@@ -26,7 +26,7 @@ from jobs.crew import Crew
 from jobs.differences import differences
 from jobs.driver import Driver, check_failed
 from jobs.exporter import ClusterMetrics
-from jobs.failed_rows import example
+from jobs.failed_rows import example, note_limit
 from jobs.ledger import Ledger
 from jobs.lock import RunLock
 from jobs.logs import log_handler
@@ -199,7 +199,8 @@ class Run:
                 shape_workers(self.prepared.job.workers, resources, num_shards=1)
                 ledger = ledger or self._open()
                 with output_errors(self.folder.root):
-                    self.folder.success.unlink(missing_ok=True)  # it would be a lie from here on
+                    for said in (self.folder.success, self.folder.failed):
+                        said.unlink(missing_ok=True)  # it would be a lie from here on
                 num_completions = ledger.manifest.num_completions
                 max_failed = self.prepared.job.failure.allowed(num_completions)
                 num_in_flight = choose_shards_in_flight(
@@ -207,7 +208,7 @@ class Run:
                     self.prepared.job.engine.batch_size,
                 )
                 budget = Budget(num_completions, max_failed, num_in_flight)
-                with _naming_a_failed_row(ledger):
+                with _telling_of_failed_rows(ledger, max_failed):
                     work = self.complete(ledger, resources, budget)
             return self._finish(ledger, started, work)
 
@@ -346,11 +347,12 @@ class Run:
 
 
 @contextmanager
-def _naming_a_failed_row(ledger: Ledger) -> Iterator[None]:
-    """Adds to the news that too many rows have failed what one of them has failed of."""
+def _telling_of_failed_rows(ledger: Ledger, max_failed: int) -> Iterator[None]:
+    """Where too many rows have failed, says of what one did, and leaves word in the folder."""
     try:
         yield
     except TooManyFailedRowsError as error:
+        note_limit(ledger.folder, max_failed)
         found = example(ledger.folder, ledger.manifest)
         raise TooManyFailedRowsError(f"{error}{found}") from None
 

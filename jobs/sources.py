@@ -110,7 +110,8 @@ def _check_open(pattern: Path) -> None:
     for part, above in zip((pattern, *pattern.parents), pattern.parents, strict=False):
         if not glob.has_magic(str(part)):
             return
-        needed = os.X_OK | (os.R_OK if glob.has_magic(part.name) else 0)
+        is_listed = glob.has_magic(part.name) or "**" in above.parts
+        needed = os.X_OK | (os.R_OK if is_listed else 0)
         for folder in filter(os.path.isdir, glob.glob(str(above), recursive=True)):
             if not os.access(folder, needed):
                 reason = os.strerror(errno.EACCES)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.failed_rows import noted_limit
 from jobs.ledger import Ledger
 from jobs.lock import Owner, read_owner
 from jobs.retries import RetryRecord, read_retries
@@ -27,7 +28,8 @@ class Status:
         num_completions: output rows there are to be: rows times samples.
         totals: over what is committed.
         is_complete: `_SUCCESS` and all parts are there.
-        max_failed: completions that may be errors, by the job that the folder was started with.
+        max_failed: completions that the last run allowed to be errors, if it ended because there
+            were more.
         owner: the run that works on it now, or None.
         retries: of the complete folder, by rising number.
     """
@@ -41,14 +43,14 @@ class Status:
     num_parts: int
     num_parts_done: int
     is_complete: bool
-    max_failed: int
+    max_failed: int | None
     owner: Owner | None
     retries: tuple[RetryRecord, ...] = ()
 
     @property
     def has_failed(self) -> bool:
         """Whether it has stopped because too many rows have failed."""
-        return not self.is_complete and self.owner is None and self.totals.error > self.max_failed
+        return not self.is_complete and self.owner is None and self.max_failed is not None
 
 
 def read_status(folder: Path) -> Status:
@@ -75,7 +77,7 @@ def read_status(folder: Path) -> Status:
         num_parts=manifest.num_parts,
         num_parts_done=state.num_parts_done,
         is_complete=is_complete,
-        max_failed=ledger.max_failed,
+        max_failed=noted_limit(ledger.folder),
         owner=owner if is_at_work else None,
         retries=tuple(read_retries(ledger.folder)),
     )

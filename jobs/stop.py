@@ -32,16 +32,24 @@ class StopRequest:
         self._max_walltime = max_walltime
         self._deadline = None if max_walltime is None else time.monotonic() + max_walltime
         self._signal: str | None = None
+        self._reason: str | None = None
         self._is_deferred = False
         self._has_interrupted = False
         self._is_reminded = False
         self._has_stopped = False
 
     def reason(self) -> str | None:
-        """Why to stop, or None to go on."""
+        """Why to stop, or None to go on; the first answer stays, whatever becomes of the file.
+
+        A run that has begun to stop cannot go on: its workers have been told.
+        """
+        self._reason = self._reason or self._find_reason()
+        return self._reason
+
+    def _find_reason(self) -> str | None:
         if self._signal is not None:
             return f"got {self._signal}"
-        if self._stop_file is not None and os.path.exists(self._stop_file):
+        if self._is_stop_file_there():
             return f"the stop file {self._stop_file} is there"
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return f"the wall time of {self._max_walltime:.0f} s is over"
@@ -55,12 +63,11 @@ class StopRequest:
         """
         if reason := self.reason():
             self._has_stopped = True
-            raise StoppedError(f"stopped: {reason}; {self._advice()}")
+            first = f"remove {self._stop_file}, then " if self._is_stop_file_there() else ""
+            raise StoppedError(f"stopped: {reason}; {first}run the same command again to continue")
 
-    def _advice(self) -> str:
-        is_file = self._signal is None and self._stop_file is not None
-        first = "remove it, then " if is_file and os.path.exists(self._stop_file or "") else ""
-        return f"{first}run the same command again to continue"
+    def _is_stop_file_there(self) -> bool:
+        return self._stop_file is not None and os.path.exists(self._stop_file)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -137,6 +144,7 @@ class StopRequest:
         self._interrupt()
 
     def _interrupt(self) -> None:
-        if not self._is_deferred:
+        # One exception is enough: a second one would cut short what the first has clean up.
+        if not self._is_deferred and not self._has_stopped:
             self._has_interrupted = True
             self.check()

@@ -69,7 +69,7 @@ def status_text(status: Status) -> str:
         state = "complete"
     elif status.owner is not None:
         state = f"running: {status.owner}"
-    elif status.has_failed:
+    elif status.has_failed and status.max_failed is not None:
         state = f"stopped: {too_many_failed(status.totals.error, status.max_failed)}"
     else:
         state = "not complete, and nobody works on it; run the same command again to continue"

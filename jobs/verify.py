@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.failed_rows import too_many_failed
+from jobs.failed_rows import noted_limit, too_many_failed
 from jobs.ledger import Ledger
 from jobs.lock import read_owner
 from jobs.parts import PartInfo, read_part, shards_of_part
@@ -229,8 +229,8 @@ def _check_success(ledger: Ledger, report: VerifyReport) -> None:
     if exists or report.missing or report.damage:
         return
     problem = "run the same command again to finish"
-    if report.totals.error > ledger.max_failed:
-        problem = too_many_failed(report.totals.error, ledger.max_failed)
+    if (max_failed := noted_limit(ledger.folder)) is not None:
+        problem = too_many_failed(report.totals.error, max_failed)
     report.missing.append(f"_SUCCESS: all parts are there; {problem}")
 
 

@@ -2,8 +2,8 @@
 
     part-00000.parquet …     the output
     _SUCCESS                 only when complete
-    .shardmill/              manifest.json, job.yaml, parts.jsonl, metrics.json, memory.json, lock,
-                             beacon, segments/, tmp/, logs/, input/, retries/
+    .shardmill/              manifest.json, job.yaml, parts.jsonl, metrics.json, memory.json,
+                             failed.json, lock, beacon, segments/, tmp/, logs/, input/, retries/
 
 The inner folder starts with a dot so that readers of the output skip it.
 """
@@ -54,6 +54,11 @@ class RunFolder:
     def memory(self) -> Path:
         """How many tokens run together, where memory has run out."""
         return self.internal / "memory.json"
+
+    @property
+    def failed(self) -> Path:
+        """How many failed rows the last run allowed, if it ended because there were more."""
+        return self.internal / "failed.json"
 
     @property
     def tally(self) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -230,10 +230,20 @@ def committed_infos(folder: RunFolder, shard: int, fingerprint: str) -> list[Seg
 
 def count_commits(folder: RunFolder, shard: int) -> int:
     """How many commits of one shard there are now; this is also the next one's number."""
+    _look_anew(folder.segments)
     count = 0
     while is_there(folder.segments / segment_name(shard, count)):
         count += 1
     return count
+
+
+def _look_anew(folder: Path) -> None:
+    """Has a network file system ask its server what is new in a folder, which opening it does.
+
+    Otherwise it may say for half a minute that a file is not there, as it was not a moment ago.
+    """
+    with suppress(FileNotFoundError):  # a copy may lack the folder, and then it has no commits
+        os.close(os.open(folder, os.O_RDONLY))
 
 
 def missing_positions(infos: Iterable[SegmentInfo], total: int) -> list[int]:

@@ -118,6 +118,19 @@ def test_nobody_is_blamed_for_a_pause_of_the_driver(monkeypatch: pytest.MonkeyPa
     assert patience.exhausted(member) == "it stood still for 60 s"
 
 
+def test_a_pause_of_the_driver_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray may have found some meanwhile; the driver has not looked."""
+    clock = 1000.0
+    monkeypatch.setattr(member_module.time, "monotonic", lambda: clock)
+    monkeypatch.setattr("jobs.crew.ray.wait", lambda refs, **_: ([], []))
+    crew = _crew("")
+    crew._members[0].is_ready, crew._members[0].actor = False, object()
+    crew._members[0].calls[object()] = ("place", None)
+    for step in (0.5, 2 * PLACE_TIMEOUT, 0.5):
+        clock += step
+        assert crew.wait(0.5) == []
+
+
 def test_waiting_for_the_next_start_is_no_pause(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

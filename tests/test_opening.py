@@ -20,7 +20,7 @@ from pipeline.errors import (
 )
 from tests.run_folders import SmallJob, make_manifest
 
-FILE = "input.file.in.parquet"
+FILE = "input.file.in-0.parquet"
 both = pytest.mark.parametrize("check", [prepare, check_output])
 """A run that only checks refuses what a run refuses."""
 
@@ -74,13 +74,26 @@ def test_files_in_another_order_are_another_job(tmp_path: Path) -> None:
 def test_another_limit_is_called_by_its_name(tmp_path: Path) -> None:
     """It is why files have other rows; where it is beyond them, it keeps nobody from going on."""
     rows = {FILE: "3 rows", "a": 1}
-    job = SmallJob(tmp_path, job={"input": {"limit": 3}}, fingerprint_fields=rows)
+    job = SmallJob(tmp_path, (3,), job={"input": {"limit": 3}}, fingerprint_fields=rows)
     longer: dict[str, object] = {"job": {"input": {"limit": None}}}
-    open_or_create(job.path, make_manifest(tmp_path / "input", [7, 0, 4], **longer))
+    open_or_create(job.path, make_manifest(tmp_path / "input", [3], **longer))
     longer |= {"fingerprint": "f2", "fingerprint_fields": {FILE: "7 rows", "a": 2}}
     with pytest.raises(JobDiffersError) as caught:
-        open_or_create(job.path, make_manifest(tmp_path / "input", [7, 0, 4], **longer))
+        open_or_create(job.path, make_manifest(tmp_path / "input", [7], **longer))
     assert str(caught.value).splitlines()[1:] == ["  input.limit: 3 -> null", "  a: 1 -> 2"]
+
+
+@pytest.mark.parametrize("limit", [3, 9])
+def test_a_changed_file_is_not_laid_on_the_limit(tmp_path: Path, limit: int) -> None:
+    """Another limit takes fewer rows of a file, or nothing away; it changes no byte of it."""
+    rows = {FILE: "3 rows, d0"}
+    job = SmallJob(tmp_path, (3,), job={"input": {"limit": limit}}, fingerprint_fields=rows)
+    new = make_manifest(tmp_path / "input", [3], job={"input": {"limit": None}}, fingerprint="f2")
+    changes = {"files": (new.files[0].model_copy(update={"digest": "d1"}),)}
+    changes |= {"fingerprint_fields": {FILE: "3 rows, d1"}}
+    with pytest.raises(JobDiffersError) as caught:
+        open_or_create(job.path, new.model_copy(update=changes))
+    assert str(caught.value).splitlines()[1:] == [f'  {FILE}: "3 rows, d0" -> "3 rows, d1"']
 
 
 def test_long_values_are_cut_around_the_change() -> None:

@@ -42,8 +42,10 @@ def test_a_stop_ends_the_wait() -> None:
 def test_a_head_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray would try for minutes, deaf to every signal: a sentence comes before it is asked."""
     monkeypatch.setattr(nodes, "HEAD_LIMIT", 0.1)
-    with pytest.raises(ResourceError, match=r"Ray cluster at 127\.0\.0\.1:1: nobody listens"):
-        nodes.await_head("127.0.0.1:1", nothing)
+    for address in ("127.0.0.1:1", "head..example:1", "x" * 64 + ":1", "head:\u00b2"):
+        with pytest.raises(ResourceError, match=r"Ray cluster at .*: nobody listens") as caught:
+            nodes.await_head(address, nothing)
+        assert address in str(caught.value)
     with pytest.raises(StoppedError):
         nodes.await_head("127.0.0.1:1", _stop)
 

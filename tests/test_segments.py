@@ -7,6 +7,7 @@ import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -203,3 +204,26 @@ def test_lost_folder_has_no_segments(tmp_path: Path) -> None:
     job = SmallJob(tmp_path)
     job.folder.segments.rmdir()
     assert list_segments(job.folder) == {}
+
+
+def test_commits_of_other_nodes_are_seen_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system remembers that a file was not there until its folder is opened."""
+    job, absent, open_file = SmallJob(tmp_path), set[Path](), os.open
+
+    def is_there(path: Path) -> bool:
+        if not path.exists():
+            absent.add(path)
+        return path not in absent
+
+    def open_and_look(path: Any, *arguments: Any) -> int:
+        if Path(path) == job.folder.segments:
+            absent.clear()
+        return open_file(path, *arguments)
+
+    monkeypatch.setattr("pipeline.segments.is_there", is_there)
+    monkeypatch.setattr(os, "open", open_and_look)
+    assert count_commits(job.folder, 0) == 0
+    job.commit(0)
+    assert count_commits(job.folder, 0) == 1

@@ -209,11 +209,12 @@ class TestSeveralNodes:
     def test_what_killed_jobs_have_left_goes(
         self, tmp_path: Path, two_nodes: FakeSlurm, scratch: Path
     ) -> None:
-        """A later job removes it: not what is young, nor what belongs to one that is at work."""
+        """A later job removes it: not what is young, of one that is at work, or somebody's own."""
         hours_ago = time.time() - 7200
-        for name in ("left", "young", "locked"):
+        for name in ("left", "young", "locked", "data"):
             (scratch / f"shm-{name}").mkdir()
-            (scratch / f"shm-{name}" / "owner").touch()
+            if name != "data":
+                (scratch / f"shm-{name}" / "owner").touch()
             if name != "young":
                 os.utime(scratch / f"shm-{name}", (hours_ago, hours_ago))
         ready = tmp_path / "ready"
@@ -228,7 +229,7 @@ class TestSeveralNodes:
             )
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=30)
-        assert {path.name for path in scratch.iterdir()} == {"shm-young", "shm-locked"}
+        assert {path.name for path in scratch.iterdir()} == {"shm-young", "shm-locked", "shm-data"}
 
     def test_a_folder_of_somebody_elses_is_not_used(
         self, tmp_path: Path, two_nodes: FakeSlurm, scratch: Path

@@ -1,7 +1,9 @@
 """Which files `input.path` means."""
 
+import errno
 import os
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -133,3 +135,20 @@ def test_a_glob_does_not_pass_over_a_closed_folder(
     closed.append(tmp_path / "d/b")
     with pytest.raises(InputError, match=r"d/b/?' cannot be read \(Permission denied\)"):
         _names(tmp_path, pattern)
+
+
+def test_a_glob_does_not_pass_over_a_folder_that_may_not_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`**` lists every folder; one that may only be entered hides those below it."""
+    _touch(tmp_path, "d/x.parquet", "d/a/x.parquet", "d/a/b/x.parquet")
+    hidden = tmp_path / "d/a"
+    listed = os.scandir
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != hidden or not mode & os.R_OK)
+    monkeypatch.setattr(os, "scandir", lambda path: listed(path) if Path(path) != hidden else _no())
+    with pytest.raises(InputError, match=r"d/a/?' cannot be read \(Permission denied\)"):
+        _names(tmp_path, "d/**/x.parquet")
+
+
+def _no() -> NoReturn:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

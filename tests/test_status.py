@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from jobs.failed_rows import example, note_limit
 from jobs.ledger import Ledger
 from jobs.lock import RunLock
 from jobs.parts import roll_up
@@ -82,15 +85,27 @@ def test_status_beside_a_roll_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_too_many_failed_rows_are_no_reason_to_run_again(tmp_path: Path) -> None:
     """What a run says that stopped because of them, `status` and `verify` say, too."""
-    job = SmallJob(tmp_path, rows=(14,), job={"failure": {"max_failed_rows": 1}})
+    job = SmallJob(tmp_path, rows=(14,))
     job.commit_all()
     for part in range(job.manifest.num_parts):
         roll_up(job.folder, job.manifest, part)
+    assert not read_status(job.path).has_failed, "the last run may have allowed more"
+    note_limit(job.folder, 1)
     status = read_status(job.path)
     assert status.has_failed
     words = "2 rows ended in an error and failure.max_failed_rows allows 1; raise that"
     assert f"stopped: {words}" in status_text(status)
     assert f"all parts are there; {words}" in verify_text(verify(job.path))
-    allowed = SmallJob(tmp_path / "allowed", rows=(14,), job={"failure": {"max_failed_rows": 2}})
-    allowed.commit_all()
-    assert not read_status(allowed.path).has_failed
+
+
+def test_an_example_of_a_failed_row_is_by_the_way(tmp_path: Path) -> None:
+    """Whatever else lies in the folder, or is gone from it: an example, or none, and no error."""
+    job = SmallJob(tmp_path, rows=(14,))
+    pq.write_table(pa.table({"x": [1]}), job.path / "part-mine.parquet")
+    assert example(job.folder, job.manifest) == ""
+    job.commit_all()
+    assert example(job.folder, job.manifest) == ". One of them, in-0.parquet#6: test: seventh row"
+    job.finish()
+    assert example(job.folder, job.manifest) == ". One of them, in-0.parquet#6: test: seventh row"
+    job.folder.segments.rmdir()
+    assert example(job.folder, job.manifest) == ""

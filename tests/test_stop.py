@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobs import stop as stop_module
+from jobs.content import content_digests
 from jobs.stop import STOP_SIGNALS, StopRequest
 from pipeline.errors import RayFailedError, StoppedError
 
@@ -49,14 +50,58 @@ def test_a_deferred_signal_only_says_so(number: signal.Signals) -> None:
 
 
 def test_a_stop_file_has_to_go_first(tmp_path: Path) -> None:
-    """The same command would stop again at once; after a signal it does not."""
+    """The same command would stop again at once, whatever it was that has stopped it now."""
+    for late in (False, True):
+        stop = StopRequest(tmp_path / "stop")
+        stop._signal = "SIGTERM" if late else None
+        (tmp_path / "stop").touch()
+        words = "got SIGTERM" if late else "the stop file .* is there"
+        with pytest.raises(StoppedError, match=f"stopped: {words}; remove .*stop, then run the"):
+            stop.check()
+        (tmp_path / "stop").unlink()
+        with pytest.raises(StoppedError, match=f"stopped: {words}; run the same command again"):
+            stop.check()
+
+
+def test_a_stop_file_that_goes_again_has_stopped_the_run(tmp_path: Path) -> None:
+    """Its workers have been told and take nothing more: going on, the driver would never end."""
     stop = StopRequest(tmp_path / "stop")
+    assert stop.reason() is None
     (tmp_path / "stop").touch()
-    with pytest.raises(StoppedError, match="remove it, then run the same command again"):
+    reason = stop.reason()
+    (tmp_path / "stop").unlink()
+    assert stop.reason() == reason is not None
+    with pytest.raises(StoppedError):
         stop.check()
-    stop._signal = "SIGTERM"
-    with pytest.raises(StoppedError, match="stopped: got SIGTERM; run the same command again"):
-        stop.check()
+
+
+def test_a_signal_does_not_cut_short_what_a_stop_has_to_clean_up(tmp_path: Path) -> None:
+    """The lock is given back after the last part, and not while that is being written."""
+    (tmp_path / "stop").touch()
+    stop, done = StopRequest(tmp_path / "stop"), []
+
+    def run() -> None:
+        try:
+            stop.check()
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            done.append("cleaned up")
+
+    with pytest.raises(StoppedError), stop.listening():
+        run()
+    assert done == ["cleaned up"]
+
+
+@pytest.mark.timeout(60)
+def test_hashing_ends_with_the_run(tmp_path: Path) -> None:
+    """Threads that read large files hear of it, too: hashing these would take an hour."""
+    paths = [tmp_path / name for name in ("a", "b")]
+    for path in paths:
+        path.touch()
+        os.truncate(path, 2**42)
+    stop = StopRequest(max_walltime=0.2)
+    with pytest.raises(StoppedError, match="wall time"), stop.listening():
+        content_digests(paths)
 
 
 def test_a_stop_file_does_not_count_as_a_signal(
