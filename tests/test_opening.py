@@ -96,6 +96,18 @@ def test_a_changed_file_is_not_laid_on_the_limit(tmp_path: Path, limit: int) -> 
     assert str(caught.value).splitlines()[1:] == [f'  {FILE}: "3 rows, d0" -> "3 rows, d1"']
 
 
+def test_a_new_file_is_not_laid_on_a_limit_that_is_not_reached(tmp_path: Path) -> None:
+    """Without the limit, too, there would have been so many rows."""
+    job = SmallJob(tmp_path, (3,), job={"input": {"limit": 9}}, fingerprint_fields={FILE: "d0"})
+    fields = {FILE: "d0", "input.file.in-1.parquet": "d1"}
+    changes: dict[str, object] = {"fingerprint": "f2", "fingerprint_fields": fields}
+    new = make_manifest(tmp_path / "input", [3, 4], job={"input": {"limit": None}}, **changes)
+    with pytest.raises(JobDiffersError) as caught:
+        open_or_create(job.path, new)
+    lines = str(caught.value).splitlines()[1:]
+    assert lines == ['  input.file.in-1.parquet: (absent) -> "d1"']
+
+
 def test_long_values_are_cut_around_the_change() -> None:
     """A change at the end of a long prompt is seen, and thousands of changes stay readable."""
     (line,) = differences({"t": "x" * 500 + " then"}, {"t": "x" * 500 + " now"})
