@@ -157,6 +157,15 @@ class Batch:
             sources: the row of the prefilled cache that each copies.
         """
         self.cache.append(prefilled, sources)
+        self._add(rows)
+
+    def begin_with(self, rows: Sequence[Row], prefilled: SlotCache) -> None:
+        """Takes in the first rows, with the very cache that they were prefilled into."""
+        assert not self.rows, "the rows that there are have another cache"
+        self.cache = prefilled
+        self._add(rows)
+
+    def _add(self, rows: Sequence[Row]) -> None:
         added = to_device([row.generated.ids[-1] for row in rows], self._device)
         self._last_tokens = torch.cat([self._last_tokens, added])
         self._drop_picker()

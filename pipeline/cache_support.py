@@ -50,12 +50,30 @@ def _unfit_layers(config: PretrainedConfig) -> str | None:
 
 
 def _moving_positions(config: PretrainedConfig) -> str | None:
+    moving = [str(part["rope_type"]) for part in _moving_ropes(config)]
+    return f"its rope_type is {moving[0]}, which follows the longest row" if moving else None
+
+
+def _moving_ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
     rope: dict[str, Any] = (
         getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
     )
     # Some models have one set of parameters for each type of layer.
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    moving = [
-        str(part.get("rope_type")) for part in parts if part.get("rope_type") in MOVING_ROPE_TYPES
-    ]
-    return f"its rope_type is {moving[0]}, which follows the longest row" if moving else None
+    return [part for part in parts if part.get("rope_type") in MOVING_ROPE_TYPES]
+
+
+def mixed_columns(config: PretrainedConfig) -> int | None:
+    """Columns, padding included, up to which rows of different lengths do not change one another.
+
+    Beyond them, only rows of one length go together. None if they do at any length.
+    """
+    text_config: Any = config.get_text_config(decoder=True)
+    limits: list[int] = []
+    for rope in _moving_ropes(config):
+        original = rope.get("original_max_position_embeddings")
+        # One less, as the frequencies of `dynamic` go back only below it.
+        limits.append((original or text_config.max_position_embeddings) - 1)
+    if getattr(text_config, "attn_temperature_tuning", False):
+        limits.append(text_config.floor_scale - 1)  # Llama 4 counts padding as positions
+    return min(limits, default=None)

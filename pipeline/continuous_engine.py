@@ -140,9 +140,11 @@ class ContinuousEngine:
         if num_live and num_free * REFILL_SHARE < num_live + num_free:
             return
         while num_free > 0 and (rows := self._waiting.head(num_free)):
-            self._prefiller.share(self._waiting.prefix, self._waiting.prefix_adapter)
+            if not self._room.is_for_one:  # a prefix that is kept would take what the row needs
+                self._prefiller.share(self._waiting.prefix, self._waiting.prefix_adapter)
             part = self._prefiller.next_part(rows, self._room.max_prefill_tokens)
             self._admitting = self._waiting.take(len(part.rows))
+            self._room.make_way(self._batch.cache, part.rows[0].length)
             self._admit(part)
             self._admitting = []
             num_free = min(num_free - len(part.rows), self._num_free())
@@ -153,7 +155,8 @@ class ContinuousEngine:
         if not head:
             return 0
         length = max(self._batch.cache.window.length, head[0].length)
-        return max(0, self._room.num_rows(length) - len(self._batch))
+        num_rows = self._room.num_rows(length, num_beside=head[0].length)
+        return max(0, num_rows - len(self._batch))
 
     def _admit(self, part: Part) -> None:
         """Prefills rows and takes them into the batch; one that raises is an error row."""
@@ -187,11 +190,15 @@ class ContinuousEngine:
     def _take_in(self, rows: Sequence[Row], prefilled: Prefilled, places: list[int]) -> None:
         """Gives slots to the rows at these places."""
         length = max(self._batch.cache.window.length, prefilled.cache.window.length)
-        num_free = max(0, self._room.num_rows(length) - len(self._batch))
+        num_beside = prefilled.cache.num_slots * prefilled.cache.capacity
+        num_free = max(0, self._room.num_rows(length, num_beside) - len(self._batch))
         # More rows than slots, if the memory they take was not known before.
         places, left_over = places[:num_free], places[num_free:]
-        if places:
-            self._room.make_for(self._batch.cache, len(self._batch) + len(places), length)
+        if places and self._room.is_for_one:
+            self._batch.begin_with(rows, prefilled.cache)  # a copy would take as much again
+        elif places:
+            num_rows = len(self._batch) + len(places)
+            self._room.make_for(self._batch.cache, num_rows, length, num_beside)
             sources = [prefilled.sources[place] for place in places]
             self._batch.append([rows[place] for place in places], prefilled.cache, sources)
         # Last: where memory runs out above, all that are being admitted are put back.

@@ -46,6 +46,7 @@ class FixedStep:
         self._starts = torch.empty(slots, dtype=torch.int64, device=device)
         self._column = torch.empty(1, dtype=torch.int64, device=device)
         self._loaded_starts: Tensor | None = None
+        self._decoded: Decoded | None = None
 
     def load(self, last_tokens: Tensor) -> None:
         """Fills in what the next step is about.
@@ -68,6 +69,9 @@ class FixedStep:
 
         Args:
             width: columns of the bucket; more than the window's end.
+
+        Returns:
+            the same tensors each time: a recorded step keeps what it gives, and there are many.
         """
         starts = self._starts.minimum(self._column)
         columns = torch.arange(width, device=self._forward.device)
@@ -77,4 +81,9 @@ class FixedStep:
             position_ids=self._column - starts,
             cache=fixed_cache(self._cache, self._column, width),
         )
-        return Decoded(logits, greedy(logits))
+        best = greedy(logits)
+        if self._decoded is None:
+            self._decoded = Decoded(torch.empty_like(logits), torch.empty_like(best))
+        self._decoded.logits.copy_(logits)
+        self._decoded.best.copy_(best)
+        return self._decoded

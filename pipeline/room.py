@@ -106,18 +106,38 @@ class Room:
         """
         self._limit.lower(max(num_rows * num_columns(length), num_allocated) // 2)
 
-    def num_rows(self, length: int) -> int:
-        """How many rows run together if the longest has `length` tokens; at least 1."""
+    def num_rows(self, length: int, num_beside: int = 0) -> int:
+        """How many rows run together if the longest has `length` tokens; at least 1.
+
+        Args:
+            num_beside: tokens of prompts that are prefilled beside them.
+        """
         if self.is_for_one:
             return 1
         if self.max_tokens is None:
             return self.num_slots
-        return min(self.num_slots, max(1, self.max_tokens // num_columns(length)))
+        return min(self.num_slots, max(1, self._left_beside(num_beside) // num_columns(length)))
 
-    def make_for(self, cache: SlotCache, num_rows: int, length: int) -> None:
-        """Makes the cache one that can hold so many rows, the longest of this length."""
+    def _left_beside(self, num_beside: int) -> int:
+        """Slots times columns, beside so many tokens: all, while these stay within their share."""
+        assert self.max_tokens is not None, "the size of a token is known from the first prompt on"
+        return self.max_tokens - max(0, num_beside - self.max_tokens // PREFILL_SHARE)
+
+    def make_way(self, cache: SlotCache, length: int) -> None:
+        """Makes the cache smaller where a prompt of this length does not fit beside it."""
+        if self.max_tokens is None or self.is_for_one or not cache.num_slots:
+            return
+        if cache.num_slots * cache.capacity > self._left_beside(length):
+            self.resize(cache, max(cache.window.length, length), num_beside=length)
+
+    def make_for(self, cache: SlotCache, num_rows: int, length: int, num_beside: int = 0) -> None:
+        """Makes the cache one that can hold so many rows, the longest of this length.
+
+        Args:
+            num_beside: as in `num_rows`.
+        """
         if num_rows > cache.num_slots or length > cache.capacity:
-            self.resize(cache, length)
+            self.resize(cache, length, num_beside)
         if cache.window.num_rows > 0 and cache.window.end < length:
             self._move_end(cache, length)
 
@@ -137,13 +157,16 @@ class Room:
         self._move_end(cache, window.length)
         return True
 
-    def resize(self, cache: SlotCache, length: int) -> None:
-        """Gives the cache buffers for rows of up to `length`, and as many as then can run."""
-        assert self.max_tokens is not None, "the size of a token is known from the first prompt on"
-        num_slots = self.num_rows(length)
+    def resize(self, cache: SlotCache, length: int, num_beside: int = 0) -> None:
+        """Gives the cache buffers for rows of up to `length`, and as many as then can run.
+
+        Args:
+            num_beside: as in `num_rows`.
+        """
+        num_slots = self.num_rows(length, num_beside)
         needed = num_columns(length)
         wanted = max(GROWTH * needed, cache.capacity)
-        most = needed if self.is_for_one else self.max_tokens // num_slots
+        most = needed if self.is_for_one else self._left_beside(num_beside) // num_slots
         capacity = max(needed, min(wanted, most))
         cache.resize(num_slots, capacity)
         self.num_moves += 1

@@ -159,9 +159,10 @@ class SlotCache(Cache):
 
     def resize(self, num_slots: int, capacity: int) -> None:
         """Moves the window to the front of buffers of another size."""
+        # First: where memory runs out, this is what there was too little for.
+        self.num_slots, self.capacity = num_slots, capacity
         for layer in self.layers:
             layer.resize(num_slots, capacity)
-        self.num_slots, self.capacity = num_slots, capacity
         self._move(-self.window.first)
 
     def _move(self, distance: int) -> None:

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from pipeline.admission import failed, refusal
+from pipeline.cache_support import mixed_columns
 from pipeline.errors import describe
 from pipeline.memory_limit import MemoryLimit
 from pipeline.metrics import EngineMetrics, PrefillCounts
@@ -67,6 +68,7 @@ class StaticEngine:
         self._batch_size = batch_size
         self._equal_lengths = equal_lengths
         self._model = model
+        self._mixed_columns = mixed_columns(model.model.config)
         self._vocabulary = model.vocabulary
         self._arrived: list[Request] = []
         self._run: deque[Request] = deque()
@@ -115,7 +117,7 @@ class StaticEngine:
             self.num_running = 0
 
     def _next_batch(self) -> list[Request]:
-        """The next rows of one `max_new_tokens`, and where asked for of one length.
+        """The next rows of one `max_new_tokens`, and where need be of one length.
 
         A row that had to go on beyond its own might leave the model's table of positions.
         """
@@ -133,7 +135,12 @@ class StaticEngine:
     def _go_together(self, one: Request, other: Request) -> bool:
         if one.sampling.max_new_tokens != other.sampling.max_new_tokens:
             return False
-        return not self._equal_lengths or len(one.prompt_ids) == len(other.prompt_ids)
+        if len(one.prompt_ids) == len(other.prompt_ids):
+            return True
+        return not (self._equal_lengths or self._is_too_long_to_mix(one))
+
+    def _is_too_long_to_mix(self, longest: Request) -> bool:
+        return self._mixed_columns is not None and _num_tokens(longest) > self._mixed_columns
 
     def _generate(self, batch: list[Request]) -> list[Completion]:
         try:
@@ -177,6 +184,8 @@ class StaticEngine:
         input_ids, attention_mask = pad_left(prompts, self._model.pad_id, self._model.device)
         sampler = Sampler(batch, self._vocabulary, input_ids.device)
         picker = _Picker(sampler, attention_mask)
+        if self._is_too_long_to_mix(batch[0]):
+            self._forget_lengths(input_ids)
         generate: Any = self._model.caller.generate
         generate(
             input_ids=input_ids,
@@ -187,6 +196,11 @@ class StaticEngine:
             **self._model.adapter_options([request.adapter for request in batch]),
         )
         return [row.completion for row in rows if row.completion is not None]
+
+    def _forget_lengths(self, input_ids: Tensor) -> None:
+        """Has rotary frequencies that follow the longest row so far begin anew, by a short one."""
+        with torch.no_grad():
+            self._model.model(input_ids=input_ids[:1, -1:], use_cache=False)
 
     def _config(self, max_new_tokens: int) -> GenerationConfig:
         """Greedy and without an end-of-sequence token: picker and watcher see to both."""

@@ -155,7 +155,7 @@ def test_replayed_steps_give_the_same_answers(
     model = bare(random_model(CONFIGS[name]()))
     requests = mixed_requests()
     token_bytes = Forward(model).prefill([[3]])[0].num_token_bytes
-    for num_slots, cache_tokens in ((4, 10_000), (6, 120)):
+    for num_slots, cache_tokens in ((4, 10_000), (6, 180)):
         results = []
         for stepping in (STEPPINGS["called"], STEPPINGS["replayed, behind"]):
             engine = ContinuousEngine(

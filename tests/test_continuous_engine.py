@@ -142,7 +142,7 @@ def test_samples_do_not_depend_on_the_slots(model: Model, stepping: str) -> None
         for row, one in enumerate(varied(20, seed=2))
     ]
     expected = reference(model, requests)
-    for num_slots, cache_tokens in ((1, 10_000), (3, 10_000), (6, 55)):
+    for num_slots, cache_tokens in ((1, 10_000), (3, 10_000), (6, 60)):
         engine = ContinuousEngine(
             model,
             num_slots,
