@@ -2,8 +2,9 @@
 
 The kernel's lock on `.shardmill/lock` keeps out others on this machine and goes with its process,
 however that dies. Where the file system does not carry it to other machines, a heartbeat in the
-file does, if their clocks agree within half a minute. Where it knows no locks at all, of drivers
-that start at once the one stays whose record is in the file a moment later.
+file does, if their clocks agree within half a minute. Where it may not, and where there are no
+locks at all, of drivers that start at once the one stays whose record is in the file a moment
+later.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
+import psutil
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import LockedError
@@ -34,6 +36,9 @@ SETTLE_SECONDS = 2.0
 """Longer than a driver takes from reading the record to writing its own."""
 
 _RECORD_BYTES = 1024
+_NETWORKED = frozenset(
+    {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "9p", "virtiofs", "afs"}
+)
 _NO_FLOCK = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
 
 
@@ -83,6 +88,14 @@ _OWNER = TypeAdapter(Owner)
 def _boot_id() -> str:
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else ""
+
+
+def _is_networked(folder: Path) -> bool:
+    """Whether other machines may see the folder, whom a lock of this one's kernel may not reach."""
+    kinds = {each.mountpoint: each.fstype for each in psutil.disk_partitions(all=True)}
+    mount = next((str(each) for each in (folder, *folder.parents) if str(each) in kinds), "/")
+    kind = kinds.get(mount, "")
+    return kind in _NETWORKED or kind.startswith("fuse.")
 
 
 def _process_exists(pid: int) -> bool:
@@ -135,7 +148,7 @@ class RunLock:
             try:
                 kernel_knows = self._take()
                 self._write()
-                if not kernel_knows:
+                if not kernel_knows or _is_networked(self._folder.resolve()):
                     self._outlast()
             except BaseException:
                 os.close(self._descriptor)

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -190,11 +191,21 @@ def test_file_system_without_locks(folder: Path) -> None:
         pass
 
 
-@pytest.mark.usefixtures("without_locks")
+@pytest.fixture
+def locks_of_one_machine(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Each run is on a machine of its own, as with NFS and `local_lock=all`."""
+    partition = SimpleNamespace(mountpoint=str(folder.resolve().parent), fstype="nfs4")
+    monkeypatch.setattr("jobs.lock.psutil.disk_partitions", lambda all: [partition])
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr("jobs.lock.SETTLE_SECONDS", 0.5)
+
+
+@pytest.mark.parametrize("locks", ["without_locks", "locks_of_one_machine"])
 def test_runs_that_start_at_once_without_locks(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, locks: str
 ) -> None:
     """Each has found the folder free before another one wrote its record: one enters."""
+    request.getfixturevalue(locks)
     num_runs = 3
     have_read, have_tried = threading.Barrier(num_runs), threading.Barrier(num_runs)
     check = RunLock._check_record
