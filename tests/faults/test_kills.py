@@ -17,7 +17,7 @@ from tests.small_jobs import num_segments, read_output, shardmill, wait_until
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
 NUM_ROWS = 720
 
-LONG_SEEDS = 40
+LONG_SEEDS = 36
 KILLS_PER_SEED = 7
 
 

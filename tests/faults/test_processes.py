@@ -70,11 +70,12 @@ def test_a_frozen_worker_of_a_dead_run(job: Path, undisturbed: pa.Table, is_late
     process.kill()
     finish(process)
 
-    again = start("run", job)
+    gate, before = job.parent / "gate", num_segments(output)
+    again = start_held(gate, "run", job)
+    wait_until(lambda: num_segments(output) > before, again)
     if not is_late:
-        before = num_segments(output)
-        wait_until(lambda: num_segments(output) > before, again)
         _wake(frozen)
+    gate.touch()
     result = finish(again)
     assert result.code == 0, result.stderr
     _wake(frozen)
