@@ -143,7 +143,7 @@ def _connect(address: str | None, folder: Path | None) -> None:
                 address,
             )
         return
-    with _agent_on_any_port():
+    with _only_what_is_needed():
         ray.init(
             address="local",  # never some other cluster that happens to be found
             num_cpus=num_cores(),
@@ -156,16 +156,19 @@ def _connect(address: str | None, folder: Path | None) -> None:
 
 
 @contextmanager
-def _agent_on_any_port() -> Iterator[None]:
-    """Keeps `ray.init` from asking for port 52365 of the machine for one of its agents.
+def _only_what_is_needed() -> Iterator[None]:
+    """Gives a Ray that `ray.init` starts what `ray start` has options for, and it has none.
 
-    Where another Ray has it, that of another run or one that was killed a minute ago, the agent
-    tries again for 3 s before it does without, and the start waits for it. `ray start` has an
-    option for this port, `ray.init` has none.
+    One of its agents asks for port 52365 of the machine. Where another Ray has it, that of another
+    run or one that was killed a minute ago, it tries again for 3 s, and the start waits for it.
+    And nobody reads what the monitors of Ray's logs and of an autoscaler would find: two processes
+    of 80 MB that take seconds to start.
     """
     module: Any = ray._private.parameter
     parameters = module.RayParams
-    module.RayParams = partial(parameters, dashboard_agent_listen_port=0)
+    module.RayParams = partial(
+        parameters, dashboard_agent_listen_port=0, no_monitor=True, include_log_monitor=False
+    )
     try:
         yield
     finally:

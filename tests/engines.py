@@ -88,6 +88,7 @@ class Failing:
 
     def __init__(self, model: Model, failure: Callable[[Sequence[Sequence[int]]], None]) -> None:
         self._model = model.model
+        self.config = self._model.config
         self._failure = failure
         self.sizes: list[int] = []
 

@@ -67,6 +67,8 @@ def test_a_ray_of_ones_own(tmp_path: Path) -> None:
         assert (_mode(folder), _mode(token)) == (0o700, 0o600)
         address = ray.get_runtime_context().gcs_address
         assert ray._private.worker._global_node.dashboard_agent_listen_port != AGENT_PORT
+        below = psutil.Process().children(recursive=True)
+        assert not [each for each in below if "monitor.py" in " ".join(each.cmdline())]
         wrong = tmp_path / "token"
         wrong.write_text("0" * 64)
         mode, path = "RAY_AUTH_MODE", TOKEN_PATH

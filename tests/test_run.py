@@ -91,9 +91,9 @@ def test_a_killed_driver_is_continued(
     tmp_path: Path, llama_folder: Path, undisturbed: pa.Table
 ) -> None:
     """SIGKILL half-way, the same command again: complete, verified, and the same answers."""
-    job = write_job(tmp_path, llama_folder, questions(400))
+    job = write_job(tmp_path, llama_folder, questions(400), workers=ONE)
     process = start_held(tmp_path / "gate", "run", job)
-    wait_until(lambda: num_segments(tmp_path / "out") >= 2, process)
+    wait_until(lambda: num_segments(tmp_path / "out") >= 1, process)
     process.kill()
     finish(process)
     assert shardmill("status", tmp_path / "out", "--exit-code").code == 75
@@ -111,9 +111,9 @@ def test_a_stop_signal_commits_and_exits_with_75(
     tmp_path: Path, llama_folder: Path, number: signal.Signals
 ) -> None:
     """A signal ends the run in good order, and the next run goes on from there."""
-    job = write_job(tmp_path, llama_folder, questions(400))
+    job = write_job(tmp_path, llama_folder, questions(400), workers=ONE)
     process = start_held(tmp_path / "gate", "run", job)
-    wait_until(lambda: num_segments(tmp_path / "out") >= 2, process)
+    wait_until(lambda: num_segments(tmp_path / "out") >= 1, process)
     process.send_signal(number)
     result = finish(process)
     assert result.code == 75, result.stderr
@@ -271,7 +271,7 @@ def test_a_second_driver_is_turned_away(tmp_path: Path, llama_folder: Path) -> N
 
 def test_a_signal_before_the_workers_start_stops_too(tmp_path: Path, llama_folder: Path) -> None:
     """Whenever it comes, a first stop signal exits with 75, and no half-made folder is left."""
-    job = write_job(tmp_path, llama_folder, questions(40))
+    job = write_job(tmp_path, llama_folder, questions(40), workers=ONE)
     process = start("run", job)
     wait_until(lambda: (tmp_path / "out" / ".shardmill" / "logs" / "run.log").exists(), process)
     process.send_signal(signal.SIGTERM)
