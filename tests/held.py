@@ -32,16 +32,17 @@ LIMIT = 300.0
 class HeldWorker(Worker):
     """A worker that begins with no second shard before the gate is open, or the run stops."""
 
+    gate: Path  # goes to workers with the class: those of a joined cluster have another environment
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._gate = Path(os.environ[GATE])
         self._is_drained = threading.Event()
         self._num_begun = count()
 
     def run(self, shard: Shard, rows: RowRange | None = None) -> ShardOutcome:
         if next(self._num_begun):
             end = time.monotonic() + LIMIT
-            while not (self._gate.exists() or self._is_drained.wait(0.02)):
+            while not (self.gate.exists() or self._is_drained.wait(0.02)):
                 assert time.monotonic() < end, "nobody has opened the gate"
         return super().run(shard, rows)
 
@@ -51,5 +52,6 @@ class HeldWorker(Worker):
 
 
 if __name__ == "__main__":
+    HeldWorker.gate = Path(os.environ[GATE])
     jobs.crew.Worker = HeldWorker
     main()

@@ -39,7 +39,12 @@ def held(tmp_path: Path, gate: Path) -> tuple[str, str]:
     """Options of `submit` for workers that do one shard and wait: a Python that runs tests.held."""
     text = f"""#!/usr/bin/env bash
 export SHARDMILL_GATE={quote(str(gate))} PYTHONPATH={quote(str(ROOT))}
-exec {quote(sys.executable)} "${{@/#%jobs/tests.held}}"
+for word; do
+  shift
+  [[ "$word" != jobs ]] || word=tests.held
+  set -- "$@" "$word"
+done
+exec {quote(sys.executable)} "$@"
 """
     return "--set", f"cluster.python={make_program(tmp_path / 'python', text)}"
 
