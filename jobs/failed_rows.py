@@ -9,7 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from jobs.manifest import Manifest
-from pipeline.errors import ShardmillError
+from pipeline.errors import DamagedOutputError, ShardmillError
 from pipeline.folder import RunFolder
 from pipeline.publish import is_there, read_errors, write_json
 from pipeline.segments import open_parquet, reading
@@ -39,11 +39,16 @@ def noted_limit(folder: RunFolder) -> int | None:
 
     Raises:
         OutputError: the note cannot be read.
+        DamagedOutputError: it is no such note.
     """
     with read_errors(folder.failed):
         if not is_there(folder.failed):
             return None
-        return int(json.loads(folder.failed.read_text(encoding="utf-8"))["max_failed_rows"])
+        note = folder.failed.read_bytes()
+    try:
+        return int(json.loads(note)["max_failed_rows"])
+    except (ValueError, KeyError, TypeError):
+        raise DamagedOutputError(f"'{folder.failed}' is damaged; remove it") from None
 
 
 def example(folder: RunFolder, manifest: Manifest) -> str:

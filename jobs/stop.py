@@ -144,7 +144,7 @@ class StopRequest:
         self._interrupt()
 
     def _interrupt(self) -> None:
-        # One exception is enough: a second one would cut short what the first has clean up.
+        # A second exception would cut short the cleaning up after the first.
         if not self._is_deferred and not self._has_stopped:
             self._has_interrupted = True
             self.check()

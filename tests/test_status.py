@@ -17,6 +17,7 @@ from jobs.status import read_status
 from jobs.tally import Stamp, stamp_of
 from jobs.texts import status_text, verify_text
 from jobs.verify import verify
+from pipeline.errors import DamagedOutputError
 from pipeline.segments import Totals
 from tests.run_folders import SmallJob
 
@@ -96,6 +97,15 @@ def test_too_many_failed_rows_are_no_reason_to_run_again(tmp_path: Path) -> None
     words = "2 rows ended in an error and failure.max_failed_rows allows 1; raise that"
     assert f"stopped: {words}" in status_text(status)
     assert f"all parts are there; {words}" in verify_text(verify(job.path))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[1]", b"{}", b'{"max_failed_rows": "x"}'])
+def test_a_damaged_note_is_a_sentence(tmp_path: Path, content: bytes) -> None:
+    """With the file's name and what to do; nothing else depends on it."""
+    job = SmallJob(tmp_path)
+    job.folder.failed.write_bytes(content)
+    with pytest.raises(DamagedOutputError, match=r"failed\.json' is damaged; remove it"):
+        read_status(job.path)
 
 
 def test_an_example_of_a_failed_row_is_by_the_way(tmp_path: Path) -> None:
